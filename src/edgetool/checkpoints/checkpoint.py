@@ -127,7 +127,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             raise BadInput(f"{path}: tensor {tensor!r} lies in {name!r}, which is not a plain .safetensors file name")
     if (directory / SINGLE_NAME).is_file() and SINGLE_NAME not in weight_map.values():
         raise BadInput(
-            f"{directory}: holds both {SINGLE_NAME} and {INDEX_NAME} with other shards; programs differ in which they load",
+            f"{directory}: holds both {SINGLE_NAME} and {INDEX_NAME} with other shards; loaders differ over them",
             hint=f"remove {SINGLE_NAME} or the index with its shards",
         )
     return weight_map
@@ -222,7 +222,7 @@ def shard_index(entries: Sequence[tuple[str, int]], max_shard_bytes: int) -> lis
 
 
 def write_index(directory: Path, shards: Sequence[tuple[str, Sequence[str]]], total_size_bytes: int) -> None:
-    """Write the index for `shards` as shard_index gives them; nothing for a single model.safetensors, which needs none."""
+    """Write the index for `shards` as shard_index gives them; nothing for a single model.safetensors."""
     if len(shards) == 1 and shards[0][0] == SINGLE_NAME:
         return
     weight_map = {name: file_name for file_name, names in shards for name in names}

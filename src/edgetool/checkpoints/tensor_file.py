@@ -60,7 +60,7 @@ _LAYOUT_RANK = {name: rank for rank, name in enumerate(NUMPY_DTYPES)}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` is absolute in the file `path`; `dtype` is the format's name ("F16", "BF16" ...)."""
+    """Where one tensor lies: `offset` is absolute in `path`; `dtype` is the format's own name ("F16" ...)."""
 
     name: str
     dtype: str
@@ -77,8 +77,8 @@ class _Damaged(Exception):
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name -> TensorInfo of every tensor in a safetensors file, in the order of their offsets.
 
-    Raises BadInput, naming the file and where it can the tensor, when the file is missing, cut off, or its header breaks
-    the format: length beyond the file, not JSON, a name twice, unknown dtype, size other than shape x dtype, overlaps,
+    Raises BadInput, naming the file and where it can the tensor, when the file is missing, cut off, or its header
+    breaks the format: length beyond the file, not JSON, a name twice, unknown dtype, size other than shape x dtype, overlaps,
     holes, spare bytes at the end.
     """
     try:
@@ -232,7 +232,7 @@ class TensorFileWriter:
     """Writes one safetensors file: the header at once, then each tensor at its place, in whatever order they come.
 
     `entries` are (name, dtype, shape). Data is laid out as the official library does it (dtypes of larger alignment
-    first, then by name), so every tensor is aligned, and the same tensors give the same bytes in whichever order written.
+    first, then by name), so every tensor is aligned, and the same tensors give the same bytes whatever the order.
     The caller maps OSError (disk full) with artifacts.disk_errors. As a context manager, an exception removes the file.
     """
 
@@ -335,7 +335,7 @@ def _raw(piece: bytes | memoryview | AnyArray) -> memoryview:
 def write_tensor_file(
     path: Path, tensors: Mapping[str, tuple[str, AnyArray]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write name -> (dtype name, array) as one file; `metadata` None means {"format": "pt"}, as transformers wants it."""
+    """Write name -> (dtype name, array) as one file; `metadata` None means {"format": "pt"}, for transformers."""
     entries = [(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
     with TensorFileWriter(path, entries, metadata) as writer:
         for name, (_, array) in tensors.items():
