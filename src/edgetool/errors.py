@@ -28,6 +28,12 @@ class EdgetoolError(Exception):
         return type(self).__name__
 
 
+class UsageError(EdgetoolError):
+    """Something the command cannot do without was given neither as an option nor in the environment or a file."""
+
+    exit_code = 2
+
+
 class ConfigError(EdgetoolError):
     """An option, environment variable or configuration file holds a value that cannot be used."""
 

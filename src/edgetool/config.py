@@ -1,0 +1,273 @@
+"""The configuration of every command: one pydantic model, merged from options, environment, file and defaults.
+
+This module is the only reader of `EDGETOOL_...` variables and of `--config` files, and the only place where defaults
+are written down. Precedence, key by key: option > environment > file > default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from edgetool.config_sources import COMMAND_LINE, Settings, gather, read_config_file
+from edgetool.errors import ConfigError, UsageError
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(value: object) -> object:
+    """Bytes meant by `5GB`, `512 MiB` or a bare number; anything else is handed back for pydantic to refuse."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    return value
+
+
+def _expand_home(value: object) -> object:
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+
+
+def _only_numbers(value: object) -> object:
+    # pydantic takes true for 1; in a recipe that is a slip, not a number
+    if isinstance(value, bool):
+        raise ValueError("a number was expected")
+    return value
+
+
+HomePath = Annotated[Path, BeforeValidator(_expand_home)]
+Count = Annotated[int, BeforeValidator(_only_numbers), Field(ge=1)]
+Size = Annotated[int, BeforeValidator(parse_size), BeforeValidator(_only_numbers), Field(ge=1)]
+
+
+def setting(default: Any, meaning: str, must: str, *, option: str | None = None, key: str | None = None) -> Any:
+    """A field: `meaning` for the documentation, `must` (what a value has to be) for errors and documentation.
+
+    `option` is the command-line spelling where it is not `--` + the key with dashes; empty when there is none.
+    `key` is the name in files and variables where the attribute cannot have it.
+    """
+    extra: dict[str, Any] = {"must": must} | ({} if option is None else {"option": option})
+    if callable(default):
+        return Field(default_factory=default, description=meaning, json_schema_extra=extra, alias=key)
+    return Field(default, description=meaning, json_schema_extra=extra, alias=key)
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, checked defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_by_name=True)
+    required: ClassVar[Mapping[str, str]] = {}
+    """Keys that a command cannot do without, and how each is called in its usage line."""
+
+
+class CommonConfig(Section):
+    """Settings that every command knows."""
+
+    cache_dir: HomePath = setting(
+        Path("~/.cache/edgetool"),
+        "where downloads and dequantised models are kept ($XDG_CACHE_HOME/edgetool when that is set)",
+        "a directory",
+    )
+    progress: Literal["auto", "bar", "plain", "json", "quiet"] = setting(
+        "auto",
+        "how progress is shown on stderr; auto = bars on a terminal, plain lines elsewhere",
+        "auto, bar, plain, json or quiet",
+    )
+    json_output: bool = setting(
+        False, "print exactly one JSON document on stdout", "true or false", option="--json", key="json"
+    )
+    offline: bool = setting(False, "use no network: only what is in the cache or on the disk", "true or false")
+    hub_token: SecretStr | None = setting(
+        None, "access token for hf: and ms: models (never an option: options are seen in `ps`)", "a token", option=""
+    )
+
+
+class QuantizeConfig(Section):
+    """Settings of `edgetool quantize`."""
+
+    required = {"model": "MODEL", "output": "--output"}
+
+    model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
+    output: HomePath = setting(Path(), "directory to write, which must not exist", "a directory")
+    method: Literal["gptq", "awq", "rtn"] = setting("gptq", "how weights are rounded", "gptq, awq or rtn")
+    bits: Literal[2, 3, 4, 8] = setting(4, "bits per weight", "2, 3, 4 or 8")
+    group_size: Literal[-1, 32, 64, 128] = setting(
+        128, "weights along in_features that share one scale; -1 = all of them", "-1, 32, 64 or 128"
+    )
+    sym: bool = setting(True, "symmetric: the zero point is 2**(bits-1) everywhere", "true or false", option="--sym")
+    desc_act: bool = setting(False, "store a true activation order in g_idx (gptq only)", "true or false")
+    format: Literal["gptq", "awq", "compressed-tensors"] = setting(
+        lambda so_far: "awq" if so_far.get("method") == "awq" and so_far.get("bits") == 4 else "gptq",
+        "checkpoint layout; default awq for 4-bit awq, else gptq",
+        "gptq, awq or compressed-tensors",
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = setting(
+        "auto", "where to compute", "auto, cpu, cuda or cuda:N"
+    )
+    calib: Annotated[str, Field(min_length=1)] = setting(
+        "builtin", "calibration text", "builtin, self, a .jsonl, .json, .txt or .parquet file, or hf:dataset"
+    )
+    calib_column: str | None = setting(None, "column of the calibration file that holds the text", "a column name")
+    calib_samples: Count = setting(128, "calibration sequences", "a number of at least 1")
+    calib_seqlen: Count = setting(2048, "tokens per calibration sequence", "a number of at least 1")
+    seed: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0, lt=2**63)] = setting(
+        0, "seed of everything that is drawn at random", "a number of at least 0"
+    )
+    quantize_lm_head: bool = setting(False, "quantise lm_head too", "true or false")
+    scale_search: Literal["mse", "minmax"] = setting(
+        "mse", "grid of each group: least squared error, or smallest and largest weight", "mse or minmax"
+    )
+    awq_scaling: bool | None = setting(None, "scale salient channels before rounding (default: by method)", "a boolean")
+    asymmetric_calibration: bool | None = setting(
+        None, "calibrate each layer on the quantised layers before it (default: by method)", "a boolean"
+    )
+    bias_correction: bool = setting(False, "shift biases by the mean error of their layer", "true or false")
+    damp: Annotated[float, BeforeValidator(_only_numbers), Field(gt=0, lt=1)] = setting(
+        0.01, "first rung of the damping ladder, as a share of the Hessian's mean diagonal", "between 0 and 1"
+    )
+    max_shard_size_bytes: Size = setting(
+        5 * 10**9, "largest weight file", "a size such as 5GB or 512MiB", option="--max-shard-size"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
+    trust_remote_code: bool = setting(False, "run Python code that a hub model brings", "true or false")
+    threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
+    resume: bool = setting(False, "go on with an unfinished run of the same configuration", "true or false")
+    overwrite: bool = setting(False, "replace an existing output", "true or false")
+    dry_run: bool = setting(False, "show the plan and write nothing", "true or false")
+    work_dir: HomePath | None = setting(
+        None, "where activations spill to (default: inside the unfinished output)", "a directory", option=""
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> QuantizeConfig:
+        if self.format == "awq" and self.bits != 4:
+            raise ConfigError(f"format awq holds 4-bit weights only, and bits is {self.bits}", "use --format gptq")
+        if self.desc_act and self.method != "gptq":
+            raise ConfigError(f"desc_act belongs to method gptq, and method is {self.method}", "leave --desc-act out")
+        if self.desc_act and self.format == "awq":
+            raise ConfigError("format awq cannot store desc_act (it has no g_idx)", "use --format gptq")
+        return self
+
+
+class InspectConfig(Section):
+    """Settings of `edgetool inspect`."""
+
+    required = {"model": "MODEL"}
+
+    model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
+
+
+class DemoConfig(Section):
+    """Settings of `edgetool demo`."""
+
+    output: HomePath = setting(Path("demo-out"), "directory to write; replaced when it exists", "a directory")
+    threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
+
+
+class Config(Section):
+    """Everything edgetool can be told, a section for each command, and where each value came from."""
+
+    common: CommonConfig = Field(default_factory=CommonConfig)
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    inspect: InspectConfig = Field(default_factory=InspectConfig)
+    demo: DemoConfig = Field(default_factory=DemoConfig)
+    origins: dict[str, str] = Field(default_factory=dict, exclude=True)
+    """Dotted key -> origin in words, for each value that is not the default."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "common": CommonConfig,
+    "quantize": QuantizeConfig,
+    "inspect": InspectConfig,
+    "demo": DemoConfig,
+}
+
+
+def key_of(name: str, field: FieldInfo) -> str:
+    """The name of a field in files and variables."""
+    return field.alias or name
+
+
+def option_of(name: str, field: FieldInfo) -> str:
+    """The command-line spelling of a field, empty when there is none."""
+    extra = field.json_schema_extra
+    given = extra.get("option") if isinstance(extra, dict) else None
+    return "--" + key_of(name, field).replace("_", "-") if given is None else str(given)
+
+
+def must_of(field: FieldInfo) -> str:
+    """What a value of the field has to be, in words."""
+    extra = field.json_schema_extra
+    return str(extra["must"]) if isinstance(extra, dict) else ""
+
+
+def keys() -> dict[str, list[str]]:
+    """Section -> its keys as files and variables spell them."""
+    return {name: [key_of(*item) for item in section.model_fields.items()] for name, section in SECTIONS.items()}
+
+
+def load(
+    command: str,
+    cli_values: Mapping[str, Any],
+    config_file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    complete: bool = True,
+) -> Config:
+    """Merge and check the configuration of one command.
+
+    Args:
+        command: the section of the command, e.g. `quantize` (a section `common` applies to every command).
+        cli_values: key -> value as parsed from options; None means not given. Keys of the command's section and of
+            `common` are mixed, as on the command line.
+        config_file: TOML or YAML file with a table per section.
+        environ: environment to read (`os.environ` when None).
+        complete: refuse when a required key is missing (False for `--show-config`).
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key (the nearest is named), or a value that cannot be used.
+        UsageError: a required key was given nowhere.
+    """
+    environ = os.environ if environ is None else environ
+    from_file = read_config_file(config_file, keys()) if config_file else {}
+    settings = gather(command, cli_values, environ, from_file, str(config_file), keys())
+    sections = {name: _checked(name, section, settings) for name, section in SECTIONS.items()}
+    config = Config.model_validate({**sections, "origins": settings.origins})
+    wanted = SECTIONS[command].required if command in SECTIONS else {}
+    for key, spelling in wanted.items():
+        if complete and f"{command}.{key}" not in settings.origins:
+            raise UsageError(f"{command} needs {spelling}", f"edgetool {command} --help")
+    return config
+
+
+def json_wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment asks for JSON: for errors that happen before the configuration is known."""
+    value = (os.environ if environ is None else environ).get("EDGETOOL_JSON", "")
+    return value.strip().lower() in {"1", "true", "yes", "on", "y", "t"}
+
+
+def _checked(name: str, section: type[Section], settings: Settings) -> Section:
+    try:
+        return section.model_validate(settings.values.get(name, {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise _config_error(name, section, str(first["loc"][0]), settings) from None
+
+
+def _config_error(name: str, section: type[Section], key: str, settings: Settings) -> ConfigError:
+    field_name, field = next((n, f) for n, f in section.model_fields.items() if key in (n, f.alias))
+    secret = "Secret" in str(field.annotation)
+    value = "(hidden)" if secret else repr(settings.values[name][key])
+    origin = settings.origins.get(f"{name}.{key}", "a default")
+    spelling = option_of(field_name, field)
+    given = spelling if origin == COMMAND_LINE else origin
+    return ConfigError(
+        f"{key} {value} (given by {given}) cannot be used: must be {must_of(field)}",
+        f"edgetool {name} --help" if name != "common" else "see docs/config.md",
+    )
