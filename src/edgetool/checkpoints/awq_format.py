@@ -1,0 +1,149 @@
+"""AWQ's tensors in the `gemm` layout (autoawq 0.2.9, gptqmodel 7.6, auto-round 0.16), 4 bits only.
+
+    qweight  int32 [in_features, out_features / 8]   codes packed along the OUTPUT channels
+    qzeros   int32 [n_groups, out_features / 8]      zeros packed the same way, stored as they are
+    scales   float16 [n_groups, out_features]        (gptqmodel: bfloat16)
+
+Nibble k (bits 4k .. 4k+3) of a word holds output channel 8*word + (0, 2, 4, 6, 1, 3, 5, 7)[k]. Groups are always of
+neighbouring input channels. The scaling of input channels that AWQ computes lies in the tensors before (norms, other
+linears), not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetool.checkpoints.canonical import QuantizedLinear
+from edgetool.checkpoints.packing import pack_rows, unpack_rows
+from edgetool.checkpoints.scale_storage import loaded_scales, stored_scales
+from edgetool.errors import BadInput
+
+SUFFIXES = ("qweight", "qzeros", "scales")
+BITS = 4
+_BLOCK_WORDS = 1 << 16  # 256 KiB at a time, so that the temporaries of the nibble shuffle stay in cache
+
+Array = npt.NDArray[Any]
+
+
+def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str = "") -> QuantizedLinear:
+    """The layer that `tensors` (suffix -> array, see the module's text) holds.
+
+    group_size: channels a group, or -1 for one group; only needed where the last group is short.
+    Raises BadInput, naming `name`, when a tensor is missing or its shape or dtype does not fit the others.
+    """
+    where = f" ({name})" if name else ""
+    for suffix in SUFFIXES:
+        if suffix not in tensors:
+            raise BadInput(f"no {suffix}{where}")
+        if tensors[suffix].ndim != 2:
+            raise BadInput(f"{suffix} has shape {tensors[suffix].shape}; must have two dimensions{where}")
+    qweight, qzeros = tensors["qweight"], tensors["qzeros"]
+    scales, scale_dtype = loaded_scales(tensors["scales"], name)
+    for suffix, array in (("qweight", qweight), ("qzeros", qzeros)):
+        if array.dtype != np.int32:
+            raise BadInput(f"{suffix} is {array.dtype}; must be int32{where}")
+    in_features, out_features = int(qweight.shape[0]), int(qweight.shape[1]) * 8
+    groups = int(scales.shape[0])
+    if 0 in qweight.shape or groups == 0:
+        raise BadInput(f"qweight {qweight.shape} and scales {scales.shape} are empty{where}")
+    if scales.shape[1] != out_features:
+        raise BadInput(f"scales have shape {scales.shape}; qweight has {out_features} output channels{where}")
+    if qzeros.shape != (groups, qweight.shape[1]):
+        raise BadInput(f"qzeros have shape {qzeros.shape}; must be {(groups, qweight.shape[1])}{where}")
+    size = -(-in_features // groups) if group_size is None else in_features if group_size == -1 else group_size
+    if size < 1 or -(-in_features // size) != groups:
+        raise BadInput(f"{groups} groups for in_features {in_features} and group_size {size}{where}")
+    codes = np.empty((out_features, in_features), dtype=np.uint8)
+    unpack_rows(_from_awq_order(qweight), BITS, out_features, out=codes.T)
+    zeros = np.empty((out_features, groups), dtype=np.uint8)
+    unpack_rows(_from_awq_order(qzeros), BITS, out_features, out=zeros.T)
+    linear = QuantizedLinear(
+        codes=codes,
+        scales=np.ascontiguousarray(scales.T),
+        zeros=zeros,
+        g_idx=None,
+        bits=BITS,
+        group_size=size,
+        scale_dtype=scale_dtype,
+    )
+    linear.validate(name)
+    return linear
+
+
+def write(linear: QuantizedLinear, name: str = "") -> dict[str, Array]:
+    """Suffix -> array as the module's text describes; bfloat16 scales as uint16 bit patterns.
+
+    Raises BadInput, naming `name`, for what `refusal` refuses.
+    """
+    reason = refusal(linear)
+    if reason is not None:
+        raise BadInput(f"{reason} ({name})" if name else reason)
+    return {
+        "qweight": _to_awq_order(pack_rows(linear.codes.T, BITS)),
+        "qzeros": _to_awq_order(pack_rows(linear.zeros.T, BITS)),
+        "scales": np.ascontiguousarray(stored_scales(linear).T),
+    }
+
+
+def refusal(linear: QuantizedLinear) -> str | None:
+    """Why this layer has no AWQ form; None when it has one."""
+    if linear.bits != BITS:
+        return f"AWQ's gemm layout has 4-bit codes only; these have {linear.bits}"
+    if linear.g_idx is not None:
+        return "AWQ has no g_idx: its groups are neighbouring input channels, and this layer's are in activation order"
+    if linear.out_features % 8:
+        return f"out_features {linear.out_features} is not a multiple of 8, which AWQ's packing needs"
+    if linear.ragged:
+        return f"group_size {linear.group_size} does not divide in_features {linear.in_features}"
+    return None
+
+
+def quantization_config(*, group_size: int, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+    """`quantization_config` of config.json with the keys of autoawq 0.2.9, which vLLM 0.32 and transformers 5 read.
+
+    zero_point is always true: symmetric layers are stored with zeros of 8, since readers expect the tensor.
+    """
+    return {
+        "quant_method": "awq",
+        "bits": BITS,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(ignore) or None,
+    }
+
+
+def _to_awq_order(words: Array) -> Array:
+    """int32 words, in place: nibbles 0..7 to the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    for block in _blocks(words):
+        _swap(block, 0x00F000F0, 4)
+        _swap(block, 0x0000FF00, 8)
+    return words
+
+
+def _from_awq_order(words: Array) -> Array:
+    """A copy of int32 words with nibbles back in channel order."""
+    words = np.array(words, order="C")
+    for block in _blocks(words):
+        _swap(block, 0x0000FF00, 8)
+        _swap(block, 0x00F000F0, 4)
+    return words
+
+
+def _blocks(words: Array) -> list[Array]:
+    flat = words.reshape(-1).view(np.uint32)
+    return [flat[start : start + _BLOCK_WORDS] for start in range(0, flat.size, _BLOCK_WORDS)]
+
+
+def _swap(words: Array, mask: int, shift: int) -> None:
+    """Exchange, in place, the bits under `mask` with those `shift` places above them."""
+    different = np.right_shift(words, np.uint32(shift))
+    different ^= words
+    different &= np.uint32(mask)
+    words ^= different
+    different <<= np.uint32(shift)
+    words ^= different
