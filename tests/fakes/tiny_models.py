@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in Hugging Face layout, made by transformers itself: real architectures, real tokenizer, 100 KB."""
+"""Tiny random checkpoints in Hugging Face layout, made by transformers: real architectures and tokenizer, 300 KB."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def make_tiny_model(
 ) -> Path:
     """Write a random model of `family` (llama, mistral, qwen2, qwen3, qwen2_vl, qwen2_5_vl) and return `directory`.
 
-    Head dimension 16, grouped-query attention 2:1, intermediate size 2 x hidden, vocabulary of 512 with a byte-level BPE
-    tokenizer and a chat template. `config_overrides` go to the (text) config. `shards` > 1 writes exactly that many files
-    and an index. The same arguments give the same bytes.
+    Head dimension 16, two query heads to a key head, intermediate size 2 x hidden, vocabulary of 512 with a byte-level
+    BPE tokenizer and a chat template. `config_overrides` go to the (text) config. `shards` > 1 writes exactly that many
+    files and an index. The same arguments give the same bytes.
     """
     # transformers decides the on-disk tensor names; only the cut into files is ours
     directory.mkdir(parents=True, exist_ok=True)

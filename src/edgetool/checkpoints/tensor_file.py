@@ -60,7 +60,7 @@ _LAYOUT_RANK = {name: rank for rank, name in enumerate(NUMPY_DTYPES)}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` is absolute in `path`; `dtype` is the format's own name ("F16" ...)."""
+    """Where one tensor lies: `offset` is absolute in `path`, `dtype` the format's own name ("F16" ...)."""
 
     name: str
     dtype: str
@@ -78,8 +78,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name -> TensorInfo of every tensor in a safetensors file, in the order of their offsets.
 
     Raises BadInput, naming the file and where it can the tensor, when the file is missing, cut off, or its header
-    breaks the format: length beyond the file, not JSON, a name twice, unknown dtype, size other than shape x dtype, overlaps,
-    holes, spare bytes at the end.
+    breaks the format: length beyond the file, not JSON, a name twice, unknown dtype, size other than shape x dtype,
+    overlaps, holes, spare bytes at the end.
     """
     try:
         with path.open("rb") as file:
