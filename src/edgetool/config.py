@@ -246,12 +246,6 @@ def load(
     return config
 
 
-def json_wanted(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the environment asks for JSON: for errors that happen before the configuration is known."""
-    value = (os.environ if environ is None else environ).get("EDGETOOL_JSON", "")
-    return value.strip().lower() in {"1", "true", "yes", "on", "y", "t"}
-
-
 def _checked(name: str, section: type[Section], settings: Settings) -> Section:
     try:
         return section.model_validate(settings.values.get(name, {}))

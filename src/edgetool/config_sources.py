@@ -17,6 +17,7 @@ from edgetool.errors import ConfigError
 PREFIX = "EDGETOOL_"
 COMMAND_LINE = "the command line"
 
+_YES = {"1", "true", "yes", "on", "y", "t"}
 _FOREIGN = {"EDGETOOL_DATA_DIR"}  # read by the tests, not by edgetool
 
 Keys = Mapping[str, Sequence[str]]
@@ -53,7 +54,7 @@ def gather(
             if value is not None:
                 settings.put(section, key, value, f"{file_name}, [{section}]")
     # The hub libraries' own switch is honoured, so that one variable keeps a whole machine off the network.
-    if environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}:
+    if environ.get("HF_HUB_OFFLINE", "").strip().lower() in _YES:
         settings.put("common", "offline", True, "environment variable HF_HUB_OFFLINE")
     for section, key, variable in _variables(environ, keys):
         settings.put(section, key, environ[variable], f"environment variable {variable}")
@@ -69,6 +70,11 @@ def variable_name(section: str, key: str) -> str:
     """The environment variable of a key, e.g. `EDGETOOL_QUANTIZE_BITS`, `EDGETOOL_CACHE_DIR`."""
     middle = "" if section == "common" else f"{section}_"
     return f"{PREFIX}{middle}{key}".upper()
+
+
+def json_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether the environment asks for JSON: for failures that happen before the configuration is known."""
+    return environ.get(variable_name("common", "json"), "").strip().lower() in _YES
 
 
 def _variables(environ: Mapping[str, str], keys: Keys) -> list[tuple[str, str, str]]:

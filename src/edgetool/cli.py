@@ -1,0 +1,157 @@
+"""The command table and the error boundary: every failure leaves through here with its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from edgetool import __version__, console
+from edgetool.commands import (
+    _later,
+    compile_vcu128,
+    convert,
+    demo,
+    eval,
+    gpus,
+    inspect,
+    quantize,
+    serve_fpga,
+    serve_gpu,
+)
+from edgetool.config_sources import json_wanted
+from edgetool.errors import EdgetoolError, Stopped
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived and no job was there to turn it into an orderly stop."""
+
+
+class EdgetoolGroup(TyperGroup):
+    """Runs a command and turns each way it can fail into words, a JSON document and an exit code.
+
+    The boundary is in `invoke`, so that `typer.testing.CliRunner` sees the same as a shell does.
+    """
+
+    _arguments: tuple[str, ...] = ()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Remember the command line as typed: `--json` must be known before the options are parsed."""
+        self._arguments = tuple(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            typer.Exit: with the exit code of docs/exit-codes.md, after a known failure.
+            Exception: a bug, as it is, so that its traceback is shown.
+        """
+        output = ctx.obj = _output(self._arguments)
+        try:
+            with _sigterm_raises():
+                return super().invoke(ctx)
+        except EdgetoolError as error:
+            if isinstance(error, Stopped) and error.hint is None:
+                error.hint = _again(self._arguments)
+            output.error(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            output.failure("Interrupted", "interrupted (SIGINT)", None, INTERRUPTED)
+            raise typer.Exit(INTERRUPTED) from error
+        except Terminated as error:
+            output.failure("Terminated", "terminated (SIGTERM)", None, TERMINATED)
+            raise typer.Exit(TERMINATED) from error
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if output.json:
+                _document(output, error)
+            raise
+
+
+def _document(output: console.Output, error: Exception) -> None:
+    """The JSON document of a failure that typer (usage) or the interpreter (a bug: its traceback) puts in words."""
+    say = getattr(error, "format_message", None)
+    if callable(say):
+        output.failure("UsageError", str(say()), None, int(getattr(error, "exit_code", 2)), say=False)
+    else:
+        output.failure("Bug", f"{type(error).__name__}: {error}", "the traceback is on stderr", 1, say=False)
+
+
+def _output(arguments: tuple[str, ...]) -> console.Output:
+    command = next((argument for argument in arguments if not argument.startswith("-")), "edgetool")
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    output = console.Output(f"edgetool.{command}/1", "--json" in options or json_wanted(os.environ))
+    for position, argument in enumerate(options):
+        if argument == "--progress=json" or options[position : position + 2] == ("--progress", "json"):
+            output.progress_mode = "json"
+    return output
+
+
+def _again(arguments: tuple[str, ...]) -> str:
+    kept = [argument for argument in arguments if argument not in {"--resume", "--overwrite"}]
+    return shlex.join(["edgetool", *kept, "--resume"])
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that locks and children are given back."""
+
+    def on_sigterm(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgetool {__version__}")
+        raise typer.Exit()
+
+
+# Plain help: it answers in a third of the time of the boxed one, and nothing in it is cut to the terminal's width.
+app = typer.Typer(
+    name="edgetool", cls=EdgetoolGroup, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+)
+
+
+@app.callback()
+def edgetool(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From published weights to the edge: quantise, convert, evaluate, serve on GPUs, compile for a VCU128 board."""
+
+
+app.command("quantize")(quantize.quantize)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+for _name, _function in {
+    "convert": convert.convert,
+    "eval": eval.eval,
+    "serve-gpu": serve_gpu.serve_gpu,
+    "compile-vcu128": compile_vcu128.compile_vcu128,
+    "serve-fpga": serve_fpga.serve_fpga,
+    "gpus": gpus.gpus,
+}.items():
+    app.command(_name, context_settings=dict(_later.ANY_ARGUMENTS))(_function)

@@ -1,0 +1,44 @@
+"""Options shared by commands. All default to None = not given: defaults live in config.py alone.
+
+Help texts state the default in brackets; tests/contracts compares them with config.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A directory, a .gguf file, demo, hf:org/name or ms:org/name.", show_default=False
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to write; must not exist yet.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads [default: one per core].")]
+Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace an existing output.")]
+Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an unfinished run.")]
+DryRun = Annotated[bool | None, typer.Option("--dry-run", help="Show the plan and write nothing.")]
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML or YAML file with a table per command.")
+]
+ShowConfig = Annotated[bool | None, typer.Option("--show-config", help="Print the resolved configuration and stop.")]
+Json = Annotated[bool | None, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+ProgressMode = Annotated[
+    str | None,
+    typer.Option("--progress", metavar="MODE", help="auto, bar, plain, json or quiet, on stderr [default: auto]."),
+]
+Quiet = Annotated[bool | None, typer.Option("--quiet", "-q", help="Show no progress (as --progress quiet).")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", metavar="DIR", help="Downloads and dequantised models [default: ~/.cache/edgetool]."),
+]
+Offline = Annotated[bool | None, typer.Option("--offline", help="Use no network.")]

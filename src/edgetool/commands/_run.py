@@ -1,0 +1,58 @@
+"""What every command does around its one library call: configuration, progress, result."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from edgetool.config import Config
+    from edgetool.console import Block, Output
+    from edgetool.progress import Progress
+
+NOT_SETTINGS = {"config", "show_config", "quiet"}
+
+
+@dataclass
+class Run:
+    """One run of a command: what it was told, and where it reports."""
+
+    config: Config
+    progress: Progress
+    output: Output
+    live: contextlib.ExitStack
+
+    def result(self, result: Mapping[str, Any], blocks: Sequence[Block]) -> None:
+        """Print the result; progress ends first, so that bars and table do not mix on a terminal."""
+        self.live.close()
+        self.output.result(result, blocks)
+
+
+@contextlib.contextmanager
+def run(ctx: typer.Context) -> Iterator[Run]:
+    """Resolve the configuration of the command that `ctx` parsed and open its progress.
+
+    With `--show-config` the configuration is printed instead, and the command ends there.
+    """
+    from edgetool import config, console
+
+    output: Output = ctx.obj
+    command = str(ctx.info_name).replace("-", "_")
+    values = {key: value for key, value in ctx.params.items() if key not in NOT_SETTINGS}
+    if ctx.params.get("quiet"):
+        values["progress"] = "quiet"
+    show = bool(ctx.params.get("show_config"))
+    settings = config.load(command, values, ctx.params.get("config"), complete=not show)
+    output.json = settings.common.json_output
+    output.progress_mode = settings.common.progress
+    if show:
+        from edgetool.commands._show_config import show_config
+
+        show_config(settings, command, output)
+        raise typer.Exit()
+    with output.reserved(), contextlib.ExitStack() as live:
+        yield Run(settings, live.enter_context(console.progress(settings.common.progress)), output, live)

@@ -1,0 +1,32 @@
+"""`edgetool demo`: the whole road on a real small model, for someone who has just installed it."""
+
+from __future__ import annotations
+
+import typer
+
+from edgetool.commands import _options as o
+from edgetool.commands._run import run
+
+
+def demo(
+    ctx: typer.Context,
+    output: o.Output = None,
+    threads: o.Threads = None,
+    offline: o.Offline = None,
+    cache_dir: o.CacheDir = None,
+    config: o.ConfigFile = None,
+    show_config: o.ShowConfig = None,
+    json: o.Json = None,
+    progress: o.ProgressMode = None,
+    quiet: o.Quiet = None,
+) -> None:
+    """Quantise a real small model and compare.
+
+    The model is SmolLM2-135M-Instruct, fetched once; compared are size, perplexity and an answer.
+    """
+    with run(ctx) as this:
+        from edgetool.commands._blocks import report
+        from edgetool.quantizers.demo import run_demo
+
+        result = run_demo(this.config.demo, this.config.common, this.progress)
+        this.result(result, report("demo", result))

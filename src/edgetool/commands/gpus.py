@@ -1,0 +1,14 @@
+"""`edgetool gpus`: registered, and not built yet."""
+
+from __future__ import annotations
+
+from edgetool.commands import _options as o
+from edgetool.commands._later import not_built
+
+
+def gpus(json: o.Json = None) -> None:
+    """Show this machine's GPUs (not built yet).
+
+    Every use answers in one sentence and ends with exit code 5.
+    """
+    not_built("gpus")

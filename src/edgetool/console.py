@@ -1,0 +1,247 @@
+"""Everything that edgetool shows: results on stdout, progress and errors on stderr. The only importer of rich.
+
+rich is imported where it is used: `--version`, errors and `--json` do without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+from edgetool.errors import EdgetoolError
+from edgetool.progress import NullProgress, Progress, Task
+from edgetool.progress_lines import JsonProgress, PlainProgress, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_UNBOUNDED_COLUMNS = 100_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table. Without `headers` the first column is a list of names."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    headers: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A titled paragraph, shown as it is."""
+
+    title: str
+    body: str
+
+
+Block = Table | Text
+
+
+class Output:
+    """Where one command's result goes. `json` may be set once the configuration is known."""
+
+    def __init__(self, schema: str, as_json: bool) -> None:
+        self.schema = schema
+        self.json = as_json
+        self.progress_mode = "auto"
+        self._stdout: TextIO | None = None
+
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keep stdout for the result: whatever libraries and child processes print meanwhile goes to stderr."""
+        real = sys.stdout
+        saved_fd = _divert_stdout(real)
+        self._stdout = real if saved_fd is None else open(saved_fd, "w", encoding=real.encoding)  # noqa: SIM115, PTH123
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            if saved_fd is not None:
+                self._stdout.flush()
+                os.dup2(saved_fd, 1)
+                self._stdout.close()
+            self._stdout = None
+
+    def result(self, result: Mapping[str, Any], blocks: Sequence[Block]) -> None:
+        """Print the one result of a command: the document with `--json`, the blocks otherwise."""
+        if self.json:
+            self._print({"schema": self.schema, "ok": True, **result})
+            return
+        stream = self._stdout or sys.stdout
+        _tolerate_any_text(stream)
+        console = _console(stream)
+        for position, block in enumerate(blocks):
+            if position:
+                console.print()
+            _print_block(console, block)
+
+    def text(self, text: str) -> None:
+        """Print text on stdout as it is."""
+        stream = self._stdout or sys.stdout
+        _tolerate_any_text(stream)
+        stream.write(text)
+        stream.flush()
+
+    def failure(self, type_name: str, message: str, hint: str | None, exit_code: int, *, say: bool = True) -> None:
+        """Report a failure: on stderr in words (unless `say` is False), and with `--json` on stdout as a document."""
+        error = {"type": type_name, "message": message, "hint": hint, "exit_code": exit_code}
+        if say and self.progress_mode == "json":
+            sys.stderr.write(json.dumps({"event": "error", **error}) + "\n")
+        elif say:
+            strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours(sys.stderr) else ("", "")
+            _tolerate_any_text(sys.stderr)
+            sys.stderr.write(f"{strong}error:{plain} {message}\n" + (f"hint: {hint}\n" if hint else ""))
+        sys.stderr.flush()
+        if self.json:
+            self._print({"schema": self.schema, "ok": False, **error})
+
+    def error(self, error: EdgetoolError) -> None:
+        """Report an EdgetoolError."""
+        self.failure(error.type_name, error.message, error.hint, error.exit_code)
+
+    def _print(self, document: Mapping[str, Any]) -> None:
+        # ASCII only, so that no locale can refuse it; NaN and infinity are not JSON, and become null.
+        stream = self._stdout or sys.stdout
+        stream.write(json.dumps(_strict(document), indent=2, allow_nan=False, default=str) + "\n")
+        stream.flush()
+
+
+@contextlib.contextmanager
+def progress(mode: str) -> Iterator[Progress]:
+    """Progress on stderr as `mode` says: auto, bar, plain, json or quiet (see CommonConfig.progress)."""
+    if mode == "quiet":
+        yield NullProgress()
+    elif mode == "bar" or (mode == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
+        with _BarProgress() as bars:
+            yield bars
+    else:
+        lines = JsonProgress(sys.stderr) if mode == "json" else PlainProgress(sys.stderr)
+        with contextlib.closing(lines):
+            yield lines
+
+
+class _BarProgress:
+    """Live bars on stderr, one a task, with time spent and time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bars: RichProgress = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True),
+        )
+
+    def __enter__(self) -> _BarProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: float, unit: str = "") -> Iterator[Task]:
+        bar = _Bar(self._bars, self._bars.add_task(name, total=total, count="", note=""), total, unit)
+        try:
+            yield bar
+        finally:
+            self._bars.stop_task(bar.identity)
+
+    def note(self, message: str) -> None:
+        self._bars.console.print(message, markup=False, highlight=False)
+
+    def warn(self, message: str) -> None:
+        self._bars.console.print(f"warning: {message}", markup=False, highlight=False, style="yellow")
+
+
+@dataclass
+class _Bar:
+    bars: RichProgress
+    identity: TaskID
+    total: float
+    unit: str
+    done: float = 0
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        self.done += steps
+        done, total = (size(n) if self.unit == "B" else f"{n:g}" for n in (self.done, self.total))
+        if note is not None:
+            self.bars.update(self.identity, note=note)
+        self.bars.update(self.identity, advance=steps, count=f"{done}/{total}")
+
+
+def _divert_stdout(stream: TextIO) -> int | None:
+    """Point file descriptor 1 at stderr and return a duplicate of the old one; None when `stream` is not on it."""
+    try:
+        if stream.fileno() != 1:
+            return None
+        stream.flush()
+        saved = os.dup(1)
+        os.dup2(2, 1)
+    except (OSError, ValueError):
+        return None
+    return saved
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    # Off a terminal rich assumes 80 columns and cuts; a file or a pipe has no width.
+    return Console(file=stream, width=None if stream.isatty() else _UNBOUNDED_COLUMNS, highlight=False, markup=False)
+
+
+def _print_block(console: Console, block: Block) -> None:
+    from rich.table import Table as RichTable
+    from rich.text import Text as RichText
+
+    if block.title:
+        console.print(RichText(block.title, style="bold"))
+    if isinstance(block, Text):
+        console.print(RichText(block.body))
+        return
+    table = RichTable(box=None, show_header=bool(block.headers), pad_edge=False, header_style="dim")
+    width = max((len(row) for row in block.rows), default=len(block.headers))
+    for column in range(width):
+        header = block.headers[column] if column < len(block.headers) else ""
+        table.add_column(header, overflow="fold", style="cyan" if column == 0 else "")
+    for row in block.rows:
+        table.add_row(*(RichText(cell) for cell in row))
+    console.print(table)
+
+
+def _colours(stream: TextIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _tolerate_any_text(stream: TextIO) -> None:
+    """A model may answer with characters that the terminal's encoding does not have; that is no reason to fail."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
