@@ -1,0 +1,59 @@
+# `make demo` and `make test` are all a newcomer needs: each sets up .venv by itself, once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two workers with one thread each beat one worker with two threads on small tensors.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.PHONY: help demo test check docs format test-vllm test-backends test-gpu bench clean
+
+help:
+	@echo "make demo           quantise a real small model and compare it with the original"
+	@echo "make test           the tests: no GPU, no hub"
+	@echo "make check          ruff, mypy --strict, import direction, fresh documentation"
+	@echo "make docs           write docs/cli.md, docs/config.md and docs/exit-codes.md again"
+	@echo "make test-vllm      tests that load results into vLLM's CPU build"
+	@echo "make test-backends  tests against other quantisers"
+	@echo "make test-gpu       tests that need a CUDA device"
+	@echo "make bench          the tables of docs/benchmarks.md"
+
+$(READY): pyproject.toml constraints.txt tools/setup.sh
+	tools/setup.sh
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/edgetool demo
+
+test: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+	$(BIN)/python tools/generate_docs.py --check
+
+docs: $(READY)
+	$(BIN)/python tools/generate_docs.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-vllm: $(READY)
+	$(BIN)/python -m pytest -m vllm tests
+
+test-backends: $(READY)
+	$(BIN)/python -m pytest -m backends tests
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests
+
+bench: $(READY)
+	$(BIN)/python benchmarks/quantize.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out out
