@@ -73,7 +73,7 @@ def import_gguf(source: Path, directory: Path, progress: Progress | None = None)
     """Write config.json, generation_config.json, tokenizer files and model.safetensors (fp16) into `directory`.
 
     The same file gives the same bytes. Returns what the file says about itself: name, architecture, license, the number
-    of tensors of each GGUF type. Raises BadInput for a damaged file, an architecture or tokenizer not known here, values
+    that fp16 cannot hold; MissingDependency without the `gguf` package. The caller maps OSError (full disk).
     that fp16 cannot hold; MissingDependency without the `gguf` package. The caller maps OSError (disk full).
     """
     progress = progress or NullProgress()
