@@ -9,9 +9,9 @@
 The package counts codes and zeros from -2**(bits - 1) and adds 2**(bits - 1) before packing, so the stored fields are
 `QuantizedLinear`'s unsigned codes and zeros as they are; a symmetric layer is one with all zeros at 2**(bits - 1).
 
-Two versions exist for 3 bits: up to 0.17 ten codes a word with two bits idle, since 0.19 (and in vLLM 0.32) a dense
-stream. The widths differ, so the reader tells them apart; the writer is dense. For 2, 4 and 8 bits both are the same.
-`weight_g_idx` is known up to 0.17; 0.19 and vLLM 0.32 removed it (see `legality`).
+Two versions exist for 3 bits: up to 0.17 ten codes a word with the top two bits idle, since 0.19 (and in vLLM 0.32) a
+dense stream. The reader tells them apart, the writer is dense, and 0.17 must not be used to read that. For 2, 4 and 8
+bits both are the same. `weight_g_idx` is known up to 0.17; 0.19 and vLLM 0.32 refuse checkpoints that have it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from edgetool.errors import BadInput
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 WRITTEN_AS_VERSION = "0.19.0"
+LAST_VERSION_WITH_G_IDX = "0.17.0"
 
 Array = npt.NDArray[Any]
 
@@ -54,16 +55,16 @@ def read(tensors: Mapping[str, Array], bits: int, group_size: int | None = None,
     if scales.ndim != 2 or scales.shape[0] != out_features or scales.shape[1] == 0:
         raise BadInput(f"weight_scale has shape {scales.shape}; must be [{out_features}, n_groups]{where}")
     groups = int(scales.shape[1])
-    codes = _unpack(packed, bits, (out_features, in_features), "weight_packed", where)
+    sparse = bits == 3 and _is_sparse(packed, in_features)
+    codes = _unpack(packed, bits, (out_features, in_features), sparse, "weight_packed", where)
     stored_zeros = tensors.get("weight_zero_point")
     if stored_zeros is None:
         zeros: Array = np.full(scales.shape, 1 << (bits - 1), dtype=np.uint8)
     elif stored_zeros.dtype == np.int8 and stored_zeros.shape == scales.shape:
         zeros = (stored_zeros.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     else:
-        zeros = np.ascontiguousarray(
-            _unpack(stored_zeros.T, bits, (groups, out_features), "weight_zero_point transposed", where).T
-        )
+        columns = _unpack(stored_zeros.T, bits, (groups, out_features), sparse, "weight_zero_point transposed", where)
+        zeros = np.ascontiguousarray(columns.T)
     g_idx = tensors.get("weight_g_idx")
     if g_idx is not None:
         if g_idx.shape != (in_features,) or g_idx.dtype != np.int32:
@@ -151,20 +152,28 @@ def quantization_config(
         "ignore": list(ignore),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "version": WRITTEN_AS_VERSION,
+        "version": LAST_VERSION_WITH_G_IDX if desc_act else WRITTEN_AS_VERSION,
     }
 
 
-def _unpack(words: Array, bits: int, shape: tuple[int, int], label: str, where: str) -> Array:
-    """uint8 `shape` from dense words, or from the sparse 3-bit words of compressed-tensors up to 0.17."""
+def _is_sparse(words: Array, count: int) -> bool:
+    """Whether 3-bit words are 0.17's: by their number, or where both kinds have as many, by the idle bits."""
+    dense, sparse = words_per_row(count, 3), -(-count // 10)
+    if dense != sparse:
+        return words.ndim == 2 and words.shape[1] == sparse
+    return not bool(np.any(words.view(np.uint32) >> 30)) if words.dtype == np.int32 else False
+
+
+def _unpack(words: Array, bits: int, shape: tuple[int, int], sparse: bool, label: str, where: str) -> Array:
+    """uint8 `shape` from dense words, or from words that hold whole codes only."""
     rows, count = shape
-    dense, sparse = words_per_row(count, bits), -(-count // (32 // bits))
-    if words.dtype != np.int32 or words.shape not in ((rows, dense), (rows, sparse)):
-        raise BadInput(f"{label} is {words.dtype} {words.shape}; must be int32 {(rows, dense)}{where}")
-    if words.shape[1] == dense:
-        return unpack_rows(words, bits, count)
     per_word = 32 // bits
-    codes = np.empty((rows, sparse * per_word), dtype=np.uint8)
+    width = -(-count // per_word) if sparse else words_per_row(count, bits)
+    if words.dtype != np.int32 or words.shape != (rows, width):
+        raise BadInput(f"{label} is {words.dtype} {words.shape}; must be int32 {(rows, width)}{where}")
+    if not sparse:
+        return unpack_rows(words, bits, count)
+    codes = np.empty((rows, width * per_word), dtype=np.uint8)
     for position in range(per_word):
         codes[:, position::per_word] = (words >> (bits * position)) & ((1 << bits) - 1)
     return np.ascontiguousarray(codes[:, :count])

@@ -43,7 +43,7 @@ class Format(Protocol):
         """Name of a second file that repeats `quantization_config`, for readers that look there."""
 
     def check(self, spec: Spec) -> str | None:
-        """Why no checkpoint of this kind can be stored, or None. Known before any layer is quantised."""
+        """Why no new checkpoint should be made of this kind, or None. Known before any layer is quantised."""
 
     def refusal(self, linear: QuantizedLinear, spec: Spec) -> str | None:
         """Why this very layer cannot be stored in a checkpoint of this kind, or None."""
@@ -150,7 +150,11 @@ class _CompressedTensors:
     side_config: str | None = None
 
     def check(self, spec: Spec) -> str | None:
-        return None if spec.bits in BITS else f"pack-quantized with {spec.bits} bits is not supported"
+        if spec.bits not in BITS:
+            return f"pack-quantized with {spec.bits} bits is not supported"
+        if spec.desc_act and spec.group_size != -1:
+            return "compressed-tensors 0.19 and vLLM 0.32 no longer read groups in activation order (weight_g_idx)"
+        return None
 
     def refusal(self, linear: QuantizedLinear, spec: Spec) -> str | None:
         return compressed_tensors_format.refusal(linear, spec.sym)
