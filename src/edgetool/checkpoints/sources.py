@@ -70,9 +70,10 @@ def resolve(
     """The checkpoint directory `spec` stands for, fetched or converted if need be. What is in it is not checked here.
 
     The word `demo` always means the demo model; a directory of that name is `./demo`. `revision` is a branch, tag or
-    commit of a hub repository, `token` the hub's access token where one is needed. Raises BadInput for a spec that leads
-    nowhere, MissingDependency for a package that would be needed, ResourceUnavailable when it would have to be fetched
-    and cannot be, or the disk is full.
+    commit of a hub repository, `token` the hub's access token where one is needed.
+
+    Raises BadInput for a spec that leads nowhere, MissingDependency for a package that would be needed,
+    ResourceUnavailable when it would have to be fetched and cannot be, or the disk is full.
     """
     progress = progress or NullProgress()
     scheme, _, name = spec.partition(":")

@@ -1,0 +1,117 @@
+"""Whether the weights of a decoder are those its config.json promises: all layers, all linears, the right shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_DENSE = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"}
+_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """Shape of a weight as the model computes with it: a quantised linear is [out_features, in_features]."""
+
+    shape: tuple[int, ...]
+    quantized: bool
+
+
+def config_problems(config: Mapping[str, Any], weights: Mapping[str, ModuleShape]) -> list[str]:
+    """One sentence for each thing in which `weights` (name -> shape) are not what `config` describes.
+
+    Dense decoders of the Llama kind are checked weight by weight, other architectures only in what all have in common.
+    """
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, dict) else dict(config)
+    problems = []
+    if not isinstance(config.get("model_type"), str):
+        problems.append("config.json names no model_type")
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in weights), None)
+    if prefix is None:
+        if config.get("model_type") in _DENSE:
+            problems.append("no tensor model.embed_tokens.weight")
+        return problems
+    problems += _rope_problems(text)
+    problems += _layer_problems(text, prefix, weights)
+    expected = _expected(text, prefix, dense=config.get("model_type") in _DENSE)
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    head = next((name for name in weights if name.endswith("lm_head.weight")), None)
+    if head is None and not tied:
+        problems.append("no lm_head.weight, and config.json does not say that it is tied to the embedding")
+    if head is not None and tied:
+        problems.append(f"config.json ties the output to the embedding; the stored {head} is ignored by loaders")
+    if head is not None and "lm_head.weight" in expected:
+        expected[head] = expected.pop("lm_head.weight")
+    else:
+        expected.pop("lm_head.weight", None)
+    missing = [name for name in expected if name not in weights]
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    for name, shape in expected.items():
+        if name in weights and weights[name].shape != shape:
+            problems.append(f"{name} has shape {list(weights[name].shape)}, config.json asks for {list(shape)}")
+    return problems
+
+
+def _rope_problems(text: Mapping[str, Any]) -> list[str]:
+    parameters = text.get("rope_parameters")
+    theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
+    if theta is None or theta == 10000.0 or text.get("rope_theta") == theta:
+        return []
+    return [
+        f"config.json has rope_theta {theta} in rope_parameters and {text.get('rope_theta', 'nothing')} beside it: "
+        f"readers of the old key (transformers 4) compute other positions"
+    ]
+
+
+def _layer_problems(text: Mapping[str, Any], prefix: str, weights: Mapping[str, ModuleShape]) -> list[str]:
+    promised = text.get("num_hidden_layers")
+    pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
+    layers = {int(match[1]) for name in weights if (match := pattern.match(name))}
+    if not isinstance(promised, int):
+        return ["config.json names no num_hidden_layers"]
+    problems = []
+    if absent := sorted(set(range(promised)) - layers):
+        problems.append(f"config.json promises {promised} layers; layers {_some(absent)} have no tensors")
+    if extra := sorted(layer for layer in layers if layer >= promised):
+        problems.append(f"config.json promises {promised} layers; there are tensors of layers {_some(extra)}")
+    return problems
+
+
+def _expected(text: Mapping[str, Any], prefix: str, dense: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights that must be there; empty when the configuration lacks a size."""
+    try:
+        hidden, vocab, layers = text["hidden_size"], text["vocab_size"], text["num_hidden_layers"]
+        matrix = (vocab, hidden)
+        expected: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": matrix, "lm_head.weight": matrix}
+        if not dense:
+            return expected
+        inner, heads = text["intermediate_size"], text["num_attention_heads"]
+        head_dim = text.get("head_dim") or hidden // heads
+        q_rows, kv_rows = heads * head_dim, (text.get("num_key_value_heads") or heads) * head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.q_proj": (q_rows, hidden),
+            "self_attn.k_proj": (kv_rows, hidden),
+            "self_attn.v_proj": (kv_rows, hidden),
+            "self_attn.o_proj": (hidden, q_rows),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        expected[f"{prefix}norm.weight"] = (hidden,)
+        for number in range(layers):
+            expected |= {f"{prefix}layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+    except (KeyError, TypeError, ZeroDivisionError):
+        return {}
+    return expected
+
+
+def _some(items: list[Any]) -> str:
+    shown = ", ".join(str(item) for item in items[:_SHOWN])
+    return shown + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
