@@ -40,6 +40,12 @@ def _only_numbers(value: object) -> object:
     return value
 
 
+def _whole(value: object) -> object:
+    """Literals compare and do not convert: make the text of a variable the number that it spells."""
+    _only_numbers(value)
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value) else value
+
+
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Count = Annotated[int, BeforeValidator(_only_numbers), Field(ge=1)]
 Size = Annotated[int, BeforeValidator(parse_size), BeforeValidator(_only_numbers), Field(ge=1)]
@@ -95,8 +101,8 @@ class QuantizeConfig(Section):
     model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
     output: HomePath = setting(Path(), "directory to write, which must not exist", "a directory")
     method: Literal["gptq", "awq", "rtn"] = setting("gptq", "how weights are rounded", "gptq, awq or rtn")
-    bits: Literal[2, 3, 4, 8] = setting(4, "bits per weight", "2, 3, 4 or 8")
-    group_size: Literal[-1, 32, 64, 128] = setting(
+    bits: Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)] = setting(4, "bits per weight", "2, 3, 4 or 8")
+    group_size: Annotated[Literal[-1, 32, 64, 128], BeforeValidator(_whole)] = setting(
         128, "weights along in_features that share one scale; -1 = all of them", "-1, 32, 64 or 128"
     )
     sym: bool = setting(True, "symmetric: the zero point is 2**(bits-1) everywhere", "true or false", option="--sym")

@@ -113,8 +113,9 @@ def read_config_file(path: Path, keys: Keys) -> dict[str, dict[str, Any]]:
         for key in table or {}:
             if key not in keys[section]:
                 names = list(keys[section])
+                elsewhere = any(key in others for others in keys.values())
                 close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-                hint = f"did you mean {close[0]!r}?" if close else _nearest(str(key), keys)
+                hint = _nearest(str(key), keys) if elsewhere or not close else f"did you mean {close[0]!r}?"
                 raise ConfigError(f"unknown key {key!r} in [{section}] of {path}", hint)
     return {section: dict(table or {}) for section, table in document.items()}
 

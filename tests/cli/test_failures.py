@@ -1,0 +1,150 @@
+"""Each way to fail: exit code, what stands on stdout and stderr, in this process and through a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUANTIZE = ("quantize", "demo", "-o", "out")
+ERROR_CLASSES = {
+    "UsageError": 2,
+    "ConfigError": 3,
+    "BadInput": 4,
+    "MissingDependency": 5,
+    "NotBuiltYet": 5,
+    "ResourceUnavailable": 6,
+    "BackendFailed": 7,
+    "VerificationFailed": 8,
+    "Stopped": 75,
+}  # written by hand from the command-line contract, not read from errors.py
+LATER = ["convert", "eval", "serve-gpu", "compile-vcu128", "serve-fpga", "gpus"]
+
+
+@pytest.mark.parametrize(("name", "code"), ERROR_CLASSES.items())
+def test_an_error_class_has_its_exit_code_and_says_what_to_do(
+    edgetool: Callable[..., Any], name: str, code: int
+) -> None:
+    result = edgetool(*QUANTIZE, job=name)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert "error: what was wrong\n" in result.stderr
+    assert "hint: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("name", "code"), ERROR_CLASSES.items())
+def test_with_json_an_error_is_exactly_one_flat_document(edgetool: Callable[..., Any], name: str, code: int) -> None:
+    result = edgetool(*QUANTIZE, "--json", job=name)
+    assert result.exit_code == code
+    document = json.loads(result.stdout)
+    assert list(document) == ["schema", "ok", "type", "message", "hint", "exit_code"]
+    assert document["schema"] == "edgetool.quantize/1"
+    assert document["ok"] is False
+    assert (document["type"], document["message"], document["exit_code"]) == (name, "what was wrong", code)
+
+
+@pytest.mark.parametrize(("name", "code"), [("BadInput", 4), ("Stopped", 75)])
+def test_a_real_process_exits_with_the_code_and_one_document(shell: Callable[..., Any], name: str, code: int) -> None:
+    result = shell(*QUANTIZE, "--json", job=name)
+    assert result.returncode == code
+    assert json.loads(result.stdout)["type"] == name
+    assert "error: what was wrong" in result.stderr
+
+
+def test_a_stopped_run_names_the_command_that_goes_on(edgetool: Callable[..., Any]) -> None:
+    result = edgetool("quantize", "my model", "-o", "out", "--overwrite", job="Stopped")
+    assert "hint: edgetool quantize 'my model' -o out --resume\n" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback_and_exits_1(shell: Callable[..., Any]) -> None:
+    result = shell(*QUANTIZE, job="bug")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "Traceback" in result.stderr
+    assert "ValueError: a bug of ours" in result.stderr
+
+
+def test_a_bug_with_json_is_a_document_too(shell: Callable[..., Any]) -> None:
+    result = shell(*QUANTIZE, "--json", job="bug")
+    assert result.returncode == 1
+    document = json.loads(result.stdout)
+    assert (document["ok"], document["type"], document["exit_code"]) == (False, "Bug", 1)
+    assert "a bug of ours" in document["message"]
+    assert "Traceback" in result.stderr
+
+
+def test_a_bug_reaches_the_test_runner_as_the_exception_it_is(edgetool: Callable[..., Any]) -> None:
+    assert isinstance(edgetool(*QUANTIZE, job="bug").exception, ValueError)
+
+
+@pytest.mark.parametrize("arguments", [("quantize", "--bitz", "4"), ("quantize", "demo", "--bits", "four"), ("nope",)])
+def test_usage_errors_exit_2(edgetool: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    result = edgetool(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage:" in result.stderr
+
+
+def test_usage_errors_with_json_are_a_document(shell: Callable[..., Any]) -> None:
+    result = shell("quantize", "--bitz", "4", "--json")
+    assert result.returncode == 2
+    document = json.loads(result.stdout)
+    assert (document["type"], document["exit_code"]) == ("UsageError", 2)
+    assert "--bitz" in document["message"]
+
+
+@pytest.mark.parametrize("arguments", [("quantize",), ("quantize", "demo"), ("quantize", "-o", "out"), ("inspect",)])
+def test_a_missing_model_or_output_is_a_usage_error(edgetool: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    assert edgetool(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", LATER)
+def test_a_command_of_a_later_version_answers_with_exit_5_whatever_it_is_given(
+    edgetool: Callable[..., Any], command: str
+) -> None:
+    result = edgetool(command, "model", "-o", "out", "--port", "8000", "--json")
+    assert result.exit_code == 5
+    document = json.loads(result.stdout)
+    assert (document["schema"], document["ok"], document["exit_code"]) == (f"edgetool.{command}/1", False, 5)
+    assert "not built yet" in document["message"]
+
+
+def test_an_interrupt_exits_130(edgetool: Callable[..., Any]) -> None:
+    result = edgetool(*QUANTIZE, "--json", job="interrupt")
+    assert result.exit_code == 130
+    assert json.loads(result.stdout)["exit_code"] == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_real_process_with_its_code(number: signal.Signals, code: int) -> None:
+    fake = Path(__file__).parent.parent / "fakes" / "fake_job.py"
+    child = subprocess.Popen(
+        [sys.executable, str(fake), *QUANTIZE, "--json"],
+        env={**os.environ, "FAKE_JOB": "sleep"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    while "ready" not in child.stderr.readline():
+        assert child.poll() is None
+    child.send_signal(number)
+    stdout, stderr = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert json.loads(stdout)["exit_code"] == code
+    assert "Traceback" not in stderr
+
+
+def test_stdout_that_is_closed_early_is_no_bug() -> None:
+    fake = Path(__file__).parent.parent / "fakes" / "fake_job.py"
+    line = f"{sys.executable} {fake} quantize demo -o out --json --quiet | true"
+    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,42 @@
+"""What must not be imported before it is needed, so that the command line answers at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["torch", "transformers", "rich.progress", "huggingface_hub", "gguf", "numpy", "yaml"]
+# pydantic is not on the list: typer itself imports it, where it is installed, as soon as a command is looked up.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--version"], 0), (["gpus", "--json"], 5), (["--help"], 0), (["quantize", "--help"], 0)]
+)
+def test_start_imports_nothing_heavy(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys, atexit\n"
+        f"sys.argv = ['edgetool', *{arguments!r}]\n"
+        f"loaded = lambda: [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "atexit.register(lambda: print('HEAVY', loaded(), file=sys.stderr))\n"
+        "from edgetool.__main__ import main\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == code
+    assert "HEAVY []" in result.stderr
+
+
+def test_the_check_would_notice() -> None:
+    script = "import sys, pydantic; print([name for name in ['pydantic'] if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "['pydantic']"
+
+
+def test_resolving_a_configuration_needs_no_torch() -> None:
+    script = (
+        "import sys\nfrom edgetool.config import load\nload('quantize', {'model': 'demo', 'output': 'out'}, None, {})\n"
+        "sys.exit(any(name in sys.modules for name in ['torch', 'transformers', 'numpy', 'rich', 'typer']))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

@@ -1,0 +1,76 @@
+"""Lines for log files and programs: what is said, how often, and that silence never looks like a hang."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import pytest
+
+from edgetool.progress_lines import JsonProgress, PlainProgress, count, duration, size
+
+
+def test_a_task_that_goes_on_quietly_beats() -> None:
+    stream = io.StringIO()
+    lines = PlainProgress(stream, heartbeat_s=0.05)
+    with lines.task("solve", 3, "layer") as task:
+        task.advance(1, "model.layers.0")
+        time.sleep(0.3)
+    lines.close()
+    beats = [line for line in stream.getvalue().splitlines() if "still running" in line]
+    assert len(beats) >= 2
+    assert "solve: 1 of 3 layers" in beats[0] and "(model.layers.0)" in beats[0] and "left" in beats[0]
+
+
+def test_no_heartbeat_after_the_work() -> None:
+    stream = io.StringIO()
+    lines = PlainProgress(stream, heartbeat_s=0.05)
+    with lines.task("solve", 1):
+        pass
+    time.sleep(0.2)
+    lines.close()
+    assert "still running" not in stream.getvalue()
+
+
+def test_many_small_steps_are_few_lines() -> None:
+    stream = io.StringIO()
+    lines = PlainProgress(stream, interval_s=60)
+    with lines.task("read", 10_000, "B") as task:
+        for _ in range(10_000):
+            task.advance(1)
+    lines.close()
+    assert len(stream.getvalue().splitlines()) == 2  # started, done
+
+
+def test_a_task_that_fails_is_not_called_done() -> None:
+    stream = io.StringIO()
+    lines = JsonProgress(stream)
+    with pytest.raises(RuntimeError), lines.task("solve", 3) as task:
+        task.advance(2)
+        raise RuntimeError
+    lines.close()
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["start", "stopped"]
+    assert (events[1]["done"], events[1]["total"]) == (2, 3)
+
+
+def test_messages_stay_on_one_line() -> None:
+    stream = io.StringIO()
+    PlainProgress(stream).note("two\nlines")
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_a_reader_who_went_away_does_not_stop_the_job() -> None:
+    stream = io.StringIO()
+    lines = PlainProgress(stream)
+    stream.close()
+    lines.note("nobody hears this")
+
+
+def test_quantities_read_naturally() -> None:
+    assert count(3, 30, "layer") == "3 of 30 layers"
+    assert count(0, 1, "layer") == "0 of 1 layer"
+    assert count(12_000_000, 98_400_000, "B") == "12.0 MB of 98.4 MB"
+    assert [size(n) for n in (999, 1000, 5e9, 2e12)] == ["999 B", "1.0 kB", "5.0 GB", "2.0 TB"]
+    assert [duration(s) for s in (0.25, 41.4, 360, 7560)] == ["0.2 s", "41 s", "6 min", "2.1 h"]
