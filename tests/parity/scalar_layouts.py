@@ -1,0 +1,71 @@
+"""What each stored format means, one weight at a time: the oracle that the vectorised readers are held against.
+
+Written from the formats' own packers (AutoGPTQ's `pack`, autoawq's `gemm` order, compressed-tensors' `pack_to_int32`),
+in plain loops over Python integers, sharing nothing with edgetool.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def word(array, *index) -> int:
+    return int(array[index]) & 0xFFFFFFFF
+
+
+def gptq_field(words: list[int], index: int, bits: int) -> int:
+    """Field `index` of words that AutoGPTQ packed."""
+    if bits != 3:
+        per_word = 32 // bits
+        return words[index // per_word] >> (bits * (index % per_word)) & ((1 << bits) - 1)
+    first, second, third = words[index // 32 * 3 : index // 32 * 3 + 3]
+    j = index % 32
+    if j < 10:
+        return first >> (3 * j) & 7
+    if j == 10:
+        return first >> 30 | (second & 1) << 2
+    if j < 21:
+        return second >> (3 * (j - 11) + 1) & 7
+    if j == 21:
+        return second >> 31 | (third & 3) << 1
+    return third >> (3 * (j - 22) + 2) & 7
+
+
+def gptq_weight(t, bits: int, version: int, o: int, i: int) -> np.float32:
+    code = gptq_field([word(t["qweight"], row, o) for row in range(t["qweight"].shape[0])], i, bits)
+    group = int(t["g_idx"][i])
+    zero = gptq_field([word(t["qzeros"], group, c) for c in range(t["qzeros"].shape[1])], o, bits)
+    if version == 1:
+        zero = (zero + 1) % (1 << bits)
+    return np.float32(t["scales"][group, o]) * np.float32(code - zero)
+
+
+def awq_weight(t, group_size: int, o: int, i: int) -> np.float32:
+    nibble = AWQ_ORDER.index(o % 8)
+    code = word(t["qweight"], i, o // 8) >> (4 * nibble) & 15
+    zero = word(t["qzeros"], i // group_size, o // 8) >> (4 * nibble) & 15
+    return np.float32(t["scales"][i // group_size, o]) * np.float32(code - zero)
+
+
+def dense_field(words: list[int], index: int, bits: int) -> int:
+    stream = sum(value << (32 * k) for k, value in enumerate(words))
+    return stream >> (bits * index) & ((1 << bits) - 1)
+
+
+def compressed_weight(t, bits: int, group_size: int, o: int, i: int) -> np.float32:
+    packed = t["weight_packed"]
+    half = 1 << (bits - 1)
+    signed = dense_field([word(packed, o, c) for c in range(packed.shape[1])], i, bits) - half
+    group = int(t["weight_g_idx"][i]) if "weight_g_idx" in t else i // group_size
+    zero = 0
+    if "weight_zero_point" in t:
+        zeros = t["weight_zero_point"]
+        zero = dense_field([word(zeros, r, group) for r in range(zeros.shape[0])], o, bits) - half
+    return np.float32(t["weight_scale"][o, group]) * np.float32(signed - zero)
+
+
+def whole(weight, out_features: int, in_features: int) -> np.ndarray:
+    """float32 [out_features, in_features] from `weight(o, i)`."""
+    return np.array([[weight(o, i) for i in range(in_features)] for o in range(out_features)], dtype=np.float32)
