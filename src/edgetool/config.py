@@ -92,6 +92,10 @@ class CommonConfig(Section):
         None, "access token for hf: and ms: models (never an option: options are seen in `ps`)", "a token", option=""
     )
 
+    def token(self) -> str | None:
+        """The hub token in clear, for the call that needs it and nothing else; None when there is none."""
+        return self.hub_token.get_secret_value() if self.hub_token else None
+
 
 class QuantizeConfig(Section):
     """Settings of `edgetool quantize`."""

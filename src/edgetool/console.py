@@ -82,7 +82,7 @@ class Output:
         for position, block in enumerate(blocks):
             if position:
                 console.print()
-            _print_block(console, block)
+            _print_block(console, block, stream)
 
     def text(self, text: str) -> None:
         """Print text on stdout as it is."""
@@ -207,7 +207,7 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, width=None if stream.isatty() else _UNBOUNDED_COLUMNS, highlight=False, markup=False)
 
 
-def _print_block(console: Console, block: Block) -> None:
+def _print_block(console: Console, block: Block, stream: TextIO) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text as RichText
 
@@ -223,7 +223,11 @@ def _print_block(console: Console, block: Block) -> None:
         table.add_column(header, overflow="fold", style="cyan" if column == 0 else "")
     for row in block.rows:
         table.add_row(*(RichText(cell) for cell in row))
-    console.print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    # rich pads the last column too; in a file or a pipe that is noise
+    lines = drawn.get().splitlines()
+    stream.write("".join(f"{line if stream.isatty() else line.rstrip()}\n" for line in lines))
 
 
 def _colours(stream: TextIO) -> bool:

@@ -38,6 +38,7 @@ def test_the_table_off_a_terminal_is_whole_and_plain(shell: Callable[..., Any], 
         assert shown in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     assert "…" not in result.stdout
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
 
 
 def test_text_that_the_locale_cannot_write_is_no_failure(shell: Callable[..., Any]) -> None:

@@ -37,6 +37,7 @@ def inspect(
             cache_dir=common.cache_dir,
             offline=common.offline,
             revision=settings.revision,
+            token=common.token(),
             progress=this.progress,
         )
         result: dict[str, Any] = inspect_checkpoint(source.path).to_dict()
