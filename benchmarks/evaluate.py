@@ -3,10 +3,10 @@
     python benchmarks/evaluate.py CHECKPOINT --text FILE [--context 512] [--tokens 8192] [--tokenizer DIR]
 
 Every quantised layer is read through edgetool's own readers, dequantised to float32 and put into transformers' own
-model class, which computes in float32. So neither a tool's kernels nor its loader nor its compute dtype take part in the
-comparison: only what it wrote. The text is tokenised as one piece, cut into windows of `--context` tokens that do not
-overlap, and each token but the first of its window is predicted from those before it in the window. No token is added
-in front. Prints one JSON document.
+model class, which computes in float32. So neither a tool's kernels nor its loader nor its compute dtype take part in
+the comparison: only what it wrote. The text is tokenised as one piece, cut into windows of `--context` tokens that do
+not overlap, and each token but the first of its window is predicted from those before it in the window. No token is
+added in front. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgetool.checkpoints.detect import detect, read_linear
 
 
 def dense_weights(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
-    """config.json without its quantisation, every weight as float32 under its usual name, and the modules dequantised."""
+    """config.json without its quantisation, weights in float32 under their usual names, and the number dequantised."""
     checkpoint = Checkpoint.open(directory)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)

@@ -1,6 +1,7 @@
-"""GPTQ by gptqmodel: `python gptqmodel_gptq.py JOB.json`, in gptqmodel's own environment (benchmarks/envs/gptqmodel.txt).
+"""GPTQ by gptqmodel: `python gptqmodel_gptq.py JOB.json`, in gptqmodel's own environment.
 
-The job is described in README.md beside this file. Everything not named by the job is left at gptqmodel's defaults.
+The job is described in benchmarks/README.md (benchmarks/envs/gptqmodel.txt lists the environment). Everything not named
+by the job is left at gptqmodel's defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(job_path: str) -> None:
 
     torch.set_num_threads(job["threads"])
     rows = json.loads(Path(job["tokens"]).read_text())
-    samples = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)} for ids in rows]
+    samples = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()} for ids in rows]
 
     config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=job["sym"], device="cpu")
     model = GPTQModel.load(job["model"], config)

@@ -1,7 +1,7 @@
 """GPTQ or AWQ by llmcompressor: `python llmcompressor_oneshot.py JOB.json`, in llmcompressor's own environment.
 
-The job is described in README.md beside this file (benchmarks/envs/llmcompressor.txt lists the environment).
-Everything not named by the job is left at llmcompressor's defaults.
+The job is described in benchmarks/README.md (benchmarks/envs/llmcompressor.txt lists the environment). Everything not
+named by the job is left at llmcompressor's defaults.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def main(job_path: str) -> None:
 
     torch.set_num_threads(job["threads"])
     rows = json.loads(Path(job["tokens"]).read_text())
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    # float32, not the checkpoint's float16: CPUs multiply float16 several times slower, and bfloat16 would round the
+    # weights. The price is the size of the output: what is not quantised is saved in float32 too.
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]})
 
