@@ -161,7 +161,7 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
             kind, in_features = "awq", words[0]
         else:
             kind, in_features = "gptq", words[0] * 32 // (bits or 4)
-            fits = fits and words[1] == out_features and words_per_row(in_features, bits or 4) == words[0]
+            fits = fits and words[1] == out_features and words[0] * 32 % (bits or 4) == 0
         g_idx_name = f"{module}.g_idx"
     if not fits or bits is None or groups > in_features:
         raise BadInput(f"{module}: {_shown(shapes)} fit neither GPTQ, AWQ gemm nor compressed-tensors pack-quantized")

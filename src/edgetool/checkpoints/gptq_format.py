@@ -48,7 +48,7 @@ def read(
         raise BadInput(f"scales have shape {scales.shape}; must be [n_groups, out_features]{_of(name)}")
     in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
     groups = scales.shape[0]
-    if words_per_row(in_features, bits) != qweight.shape[0] or 0 in qweight.shape:
+    if qweight.shape[0] * 32 % bits or 0 in qweight.shape:
         raise BadInput(f"qweight has {qweight.shape[0]} rows; {bits}-bit codes need a multiple of {bits}{_of(name)}")
     if scales.shape[1] != out_features:
         raise BadInput(f"scales have shape {scales.shape}; qweight has {out_features} output channels{_of(name)}")
