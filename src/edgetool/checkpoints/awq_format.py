@@ -24,6 +24,7 @@ from edgetool.errors import BadInput
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 BITS = 4
+_BLOCK_ROWS = 256
 _BLOCK_WORDS = 1 << 16  # 256 KiB at a time, so that the temporaries of the nibble shuffle stay in cache
 
 Array = npt.NDArray[Any]
@@ -57,14 +58,10 @@ def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str 
     size = -(-in_features // groups) if group_size is None else in_features if group_size == -1 else group_size
     if size < 1 or -(-in_features // size) != groups:
         raise BadInput(f"{groups} groups for in_features {in_features} and group_size {size}{where}")
-    codes = np.empty((out_features, in_features), dtype=np.uint8)
-    unpack_rows(_from_awq_order(qweight), BITS, out_features, out=codes.T)
-    zeros = np.empty((out_features, groups), dtype=np.uint8)
-    unpack_rows(_from_awq_order(qzeros), BITS, out_features, out=zeros.T)
     linear = QuantizedLinear(
-        codes=codes,
+        codes=_unpacked(qweight),
         scales=np.ascontiguousarray(scales.T),
-        zeros=zeros,
+        zeros=_unpacked(qzeros),
         g_idx=None,
         bits=BITS,
         group_size=size,
@@ -115,6 +112,15 @@ def quantization_config(*, group_size: int, ignore: Sequence[str] = ("lm_head",)
         "version": "gemm",
         "modules_to_not_convert": list(ignore) or None,
     }
+
+
+def _unpacked(words: Array) -> Array:
+    """uint8 [8 * columns, rows] of int32 [rows, columns], a block of rows at a time, without a second whole copy."""
+    values = np.empty((words.shape[1] * 8, words.shape[0]), dtype=np.uint8)
+    for start in range(0, words.shape[0], _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        unpack_rows(_from_awq_order(words[rows]), BITS, values.shape[0], out=values.T[rows])
+    return values
 
 
 def _to_awq_order(words: Array) -> Array:

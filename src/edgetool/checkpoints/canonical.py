@@ -82,11 +82,15 @@ class QuantizedLinear:
         g_idx = self.group_index()
         regular = self.g_idx is None and not self.ragged
         step = max(1, _BLOCK_ELEMENTS // max(1, self.in_features))
+        in_place = out.dtype == np.float32 and out.flags.c_contiguous
+        buffer = np.empty((0 if in_place else step, self.in_features), dtype=np.float32)
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
-            block = self.codes[rows].astype(np.float32)
+            codes = self.codes[rows]
+            block = out[rows] if in_place else buffer[: len(codes)]
             scales = self.scales[rows].astype(np.float32, copy=False)
             zeros = self.zeros[rows].astype(np.float32)
+            np.copyto(block, codes)
             if regular:
                 grouped = block.reshape(block.shape[0], self.n_groups, self.group_size)
                 grouped -= zeros[:, :, None]
@@ -94,7 +98,8 @@ class QuantizedLinear:
             else:
                 block -= zeros[:, g_idx]
                 block *= scales[:, g_idx]
-            out[rows] = block
+            if not in_place:
+                out[rows] = block
         return out
 
     def validate(self, name: str = "") -> None:

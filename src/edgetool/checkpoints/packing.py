@@ -18,6 +18,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _BLOCK_CODES = 1 << 17
+_TILE = 512
 _U64 = np.dtype("<u8")
 
 
@@ -45,11 +46,13 @@ def pack_rows(codes: Array, bits: int, out: Array | None = None) -> Array:
         block = codes[start:stop]
         if int(block.max()) >> bits:
             raise ValueError(f"code {int(block.max())} does not fit {bits} bits")
-        if padded != count:
-            whole = np.zeros((stop - start, padded), dtype=np.uint8)
-            whole[:, :count] = block
+        if block.flags.c_contiguous and padded == count:
+            whole = block
         else:
-            whole = np.ascontiguousarray(block)
+            whole = np.zeros((stop - start, padded), dtype=np.uint8)
+            # A tile at a time: of a transposed view it lies in the first-level cache while it is turned.
+            for left in range(0, count, _TILE):
+                whole[:, left : left + _TILE][:, : count - left] = block[:, left : left + _TILE]
         words = _squeeze(whole.reshape(-1).view(_U64), bits).reshape(stop - start, -1)
         out[start:stop] = words[:, :width]
     return out
@@ -82,8 +85,8 @@ def unpack_rows(words: Array, bits: int, count: int, out: Array | None = None) -
 
 
 def _blocks(rows: int, row_codes: int) -> list[tuple[int, int]]:
-    # At least 16 rows, so that a transposed view is read or written a whole cache line (16 words) at a time.
-    step = max(16, _BLOCK_CODES // row_codes)
+    # At least 64 rows, so that a transposed view is read or written a whole cache line (64 codes) at a time.
+    step = max(64, _BLOCK_CODES // row_codes)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
