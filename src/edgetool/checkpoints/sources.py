@@ -55,7 +55,7 @@ class DemoModel:
 
 
 DEMO = DemoModel()
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
 
 
 def resolve(
@@ -90,7 +90,7 @@ def resolve(
         path, commit = fetch(name, revision, token, offline, progress)
         return ResolvedSource(path, spec, {"kind": scheme, "repository": name, "revision": commit})
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return ResolvedSource(path, spec, {"kind": "directory"})
     if path.is_file():
         if path.suffix.lower() == ".gguf":
