@@ -26,12 +26,12 @@ def fetch_huggingface(
     try:
         import httpx
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError:
         raise MissingDependency(f"hf:{name} needs the package huggingface_hub", _INSTALL) from None
     progress.note(f"fetching hf:{name}" if not offline else f"looking for hf:{name} in the local cache")
     try:
-        with disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+        with disk_errors(Path(constants.HF_HUB_CACHE)):
             path = huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
