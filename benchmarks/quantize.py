@@ -184,6 +184,7 @@ class Bench:
                     "group_size": self.options.group_size,
                     "sym": row.sym,
                     "threads": self.options.threads,
+                    "dtype": self.options.peer_dtype,
                 }
             )
         )
@@ -288,6 +289,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="how much of it, from its beginning")
     parser.add_argument("--context", type=int, default=512, help="tokens a window, windows do not overlap")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer-dtype", default="float32", choices=["float32", "bfloat16"], help="of llmcompressor")
     parser.add_argument(
         "--warm-up", action="store_true", help="run each tool twice, count the second (caches are warm)"
     )
