@@ -1,0 +1,89 @@
+"""Generation from a streamed model: enough to see whether a checkpoint still speaks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetool.models.streamed import StreamedModel
+
+KEEP_BYTES = 256 * 2**20
+"""Layers stay in memory between tokens when all of them together are at most this large."""
+
+Choose = Callable[[Tensor], Tensor]
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """Most likely token of each row: float32 [rows, vocab] -> int64 [rows]."""
+    return logits.argmax(1)
+
+
+def generate(
+    model: StreamedModel, prompts: Tensor, new_tokens: int, choose: Choose = greedy, *, stop: int | None = None
+) -> Tensor:
+    """Tokens int64 [rows, <= new_tokens] that follow prompts int64 [rows, length].
+
+    With one row, generation ends at token `stop`. Layers that do not fit in KEEP_BYTES are read again for every token.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.skeleton.config)
+    kept = _layers_to_keep(model)
+    head = list(model.output_chunks()) if kept else None
+    made: list[Tensor] = []
+    ids = prompts
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            hidden = model.embed(ids)
+            arguments = model.layer_arguments(hidden, cache)
+            for index in range(model.map.n_layers):
+                layer = kept[index] if kept else model.layer(index)
+                hidden = layer(hidden, **arguments[index])
+            chosen = choose(next_logits(model, hidden[:, -1], head)).cpu()
+            made.append(chosen)
+            ids = chosen.unsqueeze(1)
+            if stop is not None and len(chosen) == 1 and int(chosen[0]) == stop:
+                break
+    return torch.stack(made, 1)
+
+
+def next_logits(model: StreamedModel, hidden: Tensor, head: list[tuple[int, Tensor]] | None = None) -> Tensor:
+    """float32 [rows, vocab] from the last layer's states [rows, hidden_size]; `head` as output_chunks gives it."""
+    states = model.final_norm(hidden).to(model.compute_dtype)
+    chunks = model.output_chunks() if head is None else head
+    return torch.cat([(states @ weight.t()).to(torch.float32) for _, weight in chunks], 1)
+
+
+def degenerate(tokens: list[int]) -> str | None:
+    """Why a generated sequence is not language, or None. Short sequences are given the benefit of the doubt."""
+    if len(tokens) < 8:
+        return None
+    token, count = Counter(tokens).most_common(1)[0]
+    if count > len(tokens) // 2:
+        return f"token {token} makes up {count} of {len(tokens)} tokens"
+    if len(set(tokens)) <= max(3, len(tokens) // 8):
+        return f"only {len(set(tokens))} different tokens in {len(tokens)}"
+    return None
+
+
+def _layers_to_keep(model: StreamedModel) -> list[Any]:
+    size = sum(parameter.numel() for parameter in model.skeleton.layers.parameters())
+    if size * torch.empty(0, dtype=model.compute_dtype).element_size() > KEEP_BYTES:
+        return []
+    return [model.layer(index) for index in range(model.map.n_layers)]
+
+
+def chat_prompt(tokenizer: Any, question: str) -> Tensor:
+    """int64 [1, length]: the question in the model's chat template, or as plain text where it has none."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(question)["input_ids"]
+    return torch.tensor([ids], dtype=torch.int64)

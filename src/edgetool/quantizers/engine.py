@@ -1,0 +1,423 @@
+"""The layer-by-layer engine: read a decoder layer, calibrate, quantise, pack, write, let go.
+
+Memory is one layer, its statistics and one batch of activations. Every finished layer is a file of its own beside a
+line in the ledger; the files are put together when all are there (assemble.py).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgetool.checkpoints.canonical import QuantizedLinear
+from edgetool.checkpoints.formats import Format, Spec
+from edgetool.checkpoints.tensor_file import write_tensor_file
+from edgetool.errors import BadInput
+from edgetool.models.architectures import STAGES, Stage
+from edgetool.models.devices import out_of_memory_named
+from edgetool.models.streamed import ComputeLinear, StreamedModel
+from edgetool.progress import Progress
+from edgetool.quantizers import awq
+from edgetool.quantizers.activations import ActivationFile
+from edgetool.quantizers.layer_pass import LayerPass
+from edgetool.quantizers.ledger import Ledger
+from edgetool.quantizers.recipe import Recipe
+from edgetool.quantizers.solve import InputStatistics, Solved, solve_gptq, solve_rtn
+from edgetool.quantizers.storage import to_storage
+
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
+"""Tokens of a batch: on a CPU few enough that a layer's activations stay in the cache."""
+
+ROWS_AT_ONCE = 16384
+"""Output rows of lm_head solved together."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the engine needs for one run.
+
+    token_ids: int64 [samples, seqlen], or None for a method that needs no calibration.
+    dtype: "F16" or "BF16", how tensors that are not quantised are stored.
+    stop_requested: asked between stages; True abandons the layer and raises `Abandoned`.
+    """
+
+    model: StreamedModel
+    recipe: Recipe
+    format: Format
+    spec: Spec
+    dtype: str
+    token_ids: Tensor | None
+    directory: Path
+    quantize_lm_head: bool
+    stop_requested: Callable[[], bool]
+
+
+class Abandoned(Exception):
+    """A stop was asked for; everything before the layer at hand is on disk."""
+
+
+def layer_file(directory: Path, layer: int) -> Path:
+    """Where layer `layer`'s tensors wait to be assembled."""
+    return directory / f"layer-{layer:05d}.safetensors"
+
+
+HEAD_FILE = "lm-head.safetensors"
+
+
+def run(job: Job, ledger: Ledger, progress: Progress) -> None:
+    """Quantise every layer the ledger does not know yet. Raises Abandoned when a stop is asked for."""
+    with torch.no_grad():
+        streams = _Streams(job) if job.token_ids is not None else None
+        try:
+            _run(job, ledger, streams, progress)
+        finally:
+            if streams is not None:
+                streams.close()
+
+
+def _run(job: Job, ledger: Ledger, streams: _Streams | None, progress: Progress) -> None:
+    total = job.model.map.n_layers + int(job.quantize_lm_head)
+    if streams is not None:
+        streams.prepare(ledger)
+    done = len(ledger.layers)
+    with progress.task("quantise", total, "layer") as task:
+        task.advance(done, "taken up from before" if done else None)
+        for layer in range(done, job.model.map.n_layers):
+            with out_of_memory_named(f"quantising layer {layer}"):
+                tensors, reports = _LayerJob(job, layer, streams).run(task.advance)
+            write_tensor_file(layer_file(job.directory, layer), tensors)
+            checksums = streams.advance() if streams is not None else []
+            ledger.append({"layer": layer, "modules": reports, "activations": checksums})
+            worst = max(report["relative_error"] for report in reports)
+            task.advance(1 - len(STAGES) * _STAGE_SHARE, f"layer {layer} done, worst module off by {worst:.1%}")
+        if job.quantize_lm_head and len(ledger.layers) == job.model.map.n_layers:
+            with out_of_memory_named("quantising lm_head"):
+                tensors, report = _quantize_head(job, streams)
+            write_tensor_file(job.directory / HEAD_FILE, tensors)
+            ledger.append({"layer": "lm_head", "modules": [report], "activations": []})
+            task.advance()
+
+
+_STAGE_SHARE = 0.2
+"""Part of a layer's progress that one stage is worth; what is left comes when the layer is written."""
+
+
+class _Streams:
+    """Hidden states entering the layer at hand: of the quantised model and, when targets follow it, of the original.
+
+    Two files a stream, read and written in turn, so that a kill in the middle of a layer leaves its input whole.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        model = job.model
+        assert job.token_ids is not None
+        at_once = TOKENS_AT_ONCE[model.device.type]
+        self.batches = list(job.token_ids.split(max(1, at_once // job.token_ids.shape[1])))
+        names = ["quantised"] + (["original"] if job.recipe.asymmetric_calibration > 0 else [])
+        self.files = {name: [self._file(f"{name}-{turn}") for turn in (0, 1)] for name in names}
+        self.stashes = {name: self._file(f"{name}-stash", model.compute_dtype) for name in names}
+        self.layer = 0
+        self.arguments: dict[int, list[dict[str, Any]]] = {}
+
+    def _file(self, name: str, dtype: torch.dtype = torch.float32) -> ActivationFile:
+        return ActivationFile(self.job.directory / f"activations-{name}.bin", dtype, self.job.model.device)
+
+    def prepare(self, ledger: Ledger) -> None:
+        """Bring the streams to the first layer that is not done: from the files of a stopped run, or the embedding."""
+        model = self.job.model
+        self.layer = len(ledger.layers)
+        shapes = [(*batch.shape, model.map.hidden_size) for batch in self.batches]
+        for shape in set(shapes):
+            self.arguments[shape[0]] = model.layer_arguments(torch.zeros(shape, device=model.device))
+        for pair in self.files.values():
+            for file in pair:
+                file.layout(shapes)
+        if self.layer == 0:
+            for number, batch in enumerate(self.batches):
+                states = model.embed(batch)
+                for pair in self.files.values():
+                    pair[0].write(number, states)
+            return
+        expected = ledger.layers[-1]["activations"]
+        if [pair[self.layer % 2].checksum() for pair in self.files.values()] != expected:
+            raise BadInput(
+                f"the activations in {self.job.directory} are damaged (did the machine crash?)",
+                "start again with --overwrite",
+            )
+
+    def advance(self) -> list[int]:
+        """Make the layer's results the next layer's inputs; returns their checksums for the ledger."""
+        self.layer += 1
+        return [pair[self.layer % 2].checksum() for pair in self.files.values()]
+
+    def pass_through(self, name: str, layer: Any) -> LayerPass:
+        """`layer` between this stream's files."""
+        pair = self.files[name]
+        arguments = [self.arguments[len(batch)][self.layer] for batch in self.batches]
+        return LayerPass(layer, arguments, pair[self.layer % 2], pair[(self.layer + 1) % 2], self.stashes[name])
+
+    def close(self) -> None:
+        for file in [*(f for pair in self.files.values() for f in pair), *self.stashes.values()]:
+            file.close()
+
+
+class _LayerJob:
+    """One layer: its weights (folded by AWQ where asked), its statistics, its quantised linears."""
+
+    def __init__(self, job: Job, layer: int, streams: _Streams | None) -> None:
+        self.job, self.layer, self.streams = job, layer, streams
+        self.prefix = job.model.map.layer_prefix(layer)
+        self.tensors: dict[str, tuple[str, Any]] = {}
+        self.reports: list[dict[str, Any]] = []
+        self.folded: dict[str, Tensor] = {}
+        self.grams: dict[str, Tensor] = {}
+
+    def run(self, advance: Callable[..., None]) -> tuple[dict[str, tuple[str, Any]], list[dict[str, Any]]]:
+        """Quantise the layer; returns its tensors (name -> dtype, array) and a report for each linear."""
+        job, streams = self.job, self.streams
+        passes: dict[str, LayerPass] = {}
+        if streams is not None:
+            if job.recipe.awq_scaling:
+                self._fold_scales()
+            passes = {name: streams.pass_through(name, self._built(name)) for name in streams.files}
+        for stage in STAGES:
+            if job.stop_requested():
+                raise Abandoned
+            statistics = self._statistics(stage, passes)
+            self._quantize(stage, statistics, passes.get("quantised"))
+            advance(_STAGE_SHARE)
+        if streams is not None:
+            for one in passes.values():
+                for number in range(len(streams.batches)):
+                    one.finish(number)
+        self._store_the_rest()
+        return self.tensors, self.reports
+
+    def _built(self, stream: str) -> Any:
+        """The layer with 16-bit weights; the quantised stream's has what AWQ folded."""
+        layer = self.job.model.layer(self.layer)
+        if stream == "quantised":
+            for name, tensor in self.folded.items():
+                owner, _, kind = name.rpartition(".")
+                module = layer.get_submodule(owner)
+                if isinstance(module, ComputeLinear):
+                    setattr(module, kind, tensor.to(self.job.model.compute_dtype))
+                else:
+                    module.weight = torch.nn.Parameter(tensor, requires_grad=False)
+        return layer
+
+    def _weight(self, linear: str) -> Tensor:
+        folded = self.folded.get(f"{linear}.weight")
+        return self.job.model.weight(self.prefix + linear) if folded is None else folded
+
+    def _statistics(self, stage: Stage, passes: dict[str, LayerPass]) -> InputStatistics | None:
+        """Second moments of the stage's inputs; None without calibration."""
+        if self.streams is None:
+            return None
+        quantised, original = passes["quantised"], passes.get("original")
+        kept = self.grams.get(stage.name)
+        gram = cross = torch.empty(0)
+        tokens = 0
+        for number in range(len(self.streams.batches)):
+            x = quantised.inputs(stage, number)
+            if kept is not None:
+                continue
+            if not tokens:
+                gram = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
+                cross = torch.zeros_like(gram) if original is not None else cross
+            with _fast_float32():
+                gram.addmm_(x.t(), x)
+                if original is not None:
+                    cross.addmm_(original.inputs(stage, number).sub_(x).t(), x)
+            tokens += x.shape[0]
+        if kept is not None:
+            return InputStatistics(kept)
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise BadInput(
+                f"the inputs of {self.prefix}{stage.linears[0]} are not finite: the model overflows, or a weight is NaN",
+                "edgetool inspect shows which tensors hold NaN",
+            )
+        return InputStatistics(gram.div_(tokens), cross.div_(tokens) if original is not None else None)
+
+    def _quantize(self, stage: Stage, statistics: InputStatistics | None, one: LayerPass | None) -> None:
+        recipe = self.job.recipe
+        weights = [self._weight(name) for name in stage.linears]
+        for name, weight in zip(stage.linears, weights, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise BadInput(f"{self.prefix}{name}.weight holds NaN or infinite values")
+        sizes = [weight.shape[0] for weight in weights]
+        # Linears that read the same input share its statistics, so their rows are solved together.
+        solved = solve(torch.cat(weights), recipe, statistics)
+        del weights
+        quantized_t = solved.dequantized_t()
+        start = 0
+        for name, rows in zip(stage.linears, sizes, strict=True):
+            part = slice(start, start + rows)
+            start += rows
+            values = quantized_t[:, part].t().contiguous()
+            if one is not None:
+                bias = one.layer.get_submodule(name).bias
+                one.replace(name, ComputeLinear(values, bias, self.job.model.compute_dtype))
+            self._store_linear(name, solved, part, values)
+
+    def _store_linear(self, name: str, solved: Solved, rows: slice, values: Tensor) -> None:
+        full = self.prefix + name
+        linear = canonical(solved, rows, self.job.recipe)
+        for suffix, array in self.job.format.write(linear, self.job.spec, full).items():
+            self.tensors[f"{full}.{suffix}"] = (_numpy_dtype_name(array), array)
+        self.reports.append(
+            {
+                "module": full,
+                "method": solved.method,
+                "damp": solved.damp,
+                "relative_error": solved.relative_error,
+                "values_crc32": zlib.crc32(values.cpu().numpy().data),
+            }
+        )
+
+    def _store_the_rest(self) -> None:
+        """Norms and biases of the layer, folded or as they are, in 16 bit."""
+        model = self.job.model
+        quantized = {f"{self.prefix}{name}.weight" for stage in STAGES for name in stage.linears}
+        for full, info in model.checkpoint.tensors.items():
+            if not full.startswith(self.prefix) or full in quantized:
+                continue
+            folded = self.folded.get(full.removeprefix(self.prefix))
+            if folded is None:
+                self.tensors[full] = to_storage(model.checkpoint.read(full), info.dtype, self.job.dtype, full)
+            else:
+                self.tensors[full] = to_storage(folded.cpu().numpy(), "F32", self.job.dtype, full)
+
+    def _fold_scales(self) -> None:
+        """AWQ: statistics of the whole layer with 16-bit weights, then a scale for each stage, folded in turn."""
+        job, streams = self.job, self.streams
+        assert streams is not None
+        layer = job.model.layer(self.layer)
+        original = {"quantised": streams.pass_through("quantised", layer)}
+        for stage in STAGES:
+            if job.stop_requested():
+                raise Abandoned
+            statistics = self._statistics(stage, original)
+            assert statistics is not None
+            self.grams[stage.name] = statistics.gram
+        tensors = {name: parameter for name, parameter in layer.named_parameters() if "norm" in name}
+        for stage in STAGES:
+            for name in stage.linears:
+                tensors[f"{name}.weight"] = job.model.weight(self.prefix + name)
+                bias = job.model.bias(self.prefix + name)
+                if bias is not None:
+                    tensors[f"{name}.bias"] = bias
+        before = dict(tensors)
+        scaling = job.recipe.for_scale_search()
+        for stage in STAGES:
+            source_of = self._source_of(stage)
+            weight = torch.cat([tensors[f"{name}.weight"] for name in stage.linears])
+            scale = awq.find_scale(weight, self.grams[stage.name], scaling, source_of)
+            tensors = awq.fold(tensors, stage, scale, source_of)
+            wide = scale if source_of is None else scale[source_of]
+            self.grams[stage.name] /= wide.unsqueeze(0) * wide.unsqueeze(1)
+        self.folded = {name: tensor for name, tensor in tensors.items() if tensor is not before[name]}
+        if job.recipe.method != "awq":
+            self.grams.clear()  # GPTQ wants the statistics its own earlier stages cause
+
+    def _source_of(self, stage: Stage) -> Tensor | None:
+        if stage.name != "o":
+            return None
+        text = self.job.model.skeleton.config
+        query_heads = int(text.num_attention_heads)
+        value_heads = int(getattr(text, "num_key_value_heads", None) or query_heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // query_heads)
+        return awq.value_channel_of(query_heads, value_heads, head_dim).to(self.job.model.device)
+
+
+def solve(weight: Tensor, recipe: Recipe, statistics: InputStatistics | None) -> Solved:
+    """Quantise one matrix by the recipe's method; AWQ is rounding to nearest on what has been folded."""
+    if recipe.method == "gptq":
+        assert statistics is not None
+        return solve_gptq(weight, recipe, statistics)
+    return solve_rtn(weight, recipe, statistics)
+
+
+def canonical(solved: Solved, rows: slice, recipe: Recipe) -> QuantizedLinear:
+    """Output rows `rows` of a solved matrix in the form that formats store."""
+    codes = np.ascontiguousarray(solved.codes[:, rows].t().cpu().numpy())
+    return QuantizedLinear(
+        codes=codes,
+        scales=solved.grid.scales[:, rows].t().to(torch.float16).contiguous().cpu().numpy(),
+        zeros=solved.grid.zeros[:, rows].t().to(torch.uint8).contiguous().cpu().numpy(),
+        g_idx=None if solved.trivial else solved.group_of.to(torch.int32).cpu().numpy(),
+        bits=recipe.bits,
+        group_size=recipe.size(codes.shape[1]),
+    )
+
+
+def _quantize_head(job: Job, streams: _Streams | None) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
+    """lm_head (a copy of the embedding where they are tied) by the recipe's method, some rows at a time."""
+    model = job.model
+    statistics = None
+    if streams is not None:
+        gram = torch.zeros((model.map.hidden_size, model.map.hidden_size), device=model.device)
+        states = streams.files["quantised"][streams.layer % 2]
+        tokens = 0
+        for number in range(len(streams.batches)):
+            x = model.final_norm(states.read(number)).flatten(0, 1)
+            gram.addmm_(x.t(), x)
+            tokens += x.shape[0]
+        statistics = InputStatistics(gram.div_(tokens))
+    recipe = job.recipe.without_target()
+    parts: list[QuantizedLinear] = []
+    errors: list[float] = []
+    crc = 0
+    for rows in model.output_rows(ROWS_AT_ONCE):
+        solved = solve(rows, recipe, statistics)
+        parts.append(canonical(solved, slice(0, rows.shape[0]), recipe))
+        errors.append(solved.relative_error)
+        crc = zlib.crc32(parts[-1].dequantize().data, crc)
+    linear = QuantizedLinear(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.zeros for part in parts]),
+        parts[0].g_idx,
+        recipe.bits,
+        parts[0].group_size,
+    )
+    arrays = job.format.write(linear, job.spec, "lm_head")
+    report = {
+        "module": "lm_head",
+        "method": recipe.method,
+        "damp": recipe.damp,
+        "relative_error": max(errors),
+        "values_crc32": crc,
+    }
+    return {f"lm_head.{suffix}": (_numpy_dtype_name(array), array) for suffix, array in arrays.items()}, report
+
+
+def _numpy_dtype_name(array: Any) -> str:
+    from edgetool.checkpoints.formats import stored_dtype
+
+    return stored_dtype(array)
+
+
+@contextmanager
+def _fast_float32() -> Iterator[None]:
+    """For Gram matrices: let oneDNN multiply float32 matrices on a CPU, by way of bf16 where it has instructions for it.
+
+    Products are summed in float32 either way, and the inputs are rounded to bf16 by the model's own products too.
+    The setting also selects oneDNN over the default library, which is half as fast on some CPUs.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,167 @@
+"""GPTQ: rounding one input channel at a time while the channels not yet rounded make up for the error.
+
+arXiv 2210.17323, algorithm 1. Everything here is a pure function on tensors, in float32, for all output rows at once.
+Matrices are held transposed, [in_features, out_features], so that the step over one input channel reads one contiguous
+row. Inside a block the update is left-looking (a row gathers what earlier rows owe it just before it is rounded): it
+moves half as much memory as updating all later rows after each step, and gives the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetool.quantizers.grid import Grid, quantize_to_codes
+
+BLOCK = 128
+"""Input channels rounded between two updates of all later channels (arXiv 2210.17323, section 3, "lazy batch-updates")."""
+
+DAMP_LADDER = (1.0, 3.0, 10.0, 30.0)
+"""Multiples of the asked damping tried in turn while the Cholesky factorisation fails."""
+
+
+class NotPositiveDefinite(Exception):
+    """The damped Gram matrix has no Cholesky factor at any step of the ladder."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """codes: uint8 [in_features, out_features] in the caller's channel order; grid as used, one per group."""
+
+    codes: Tensor
+    grid: Grid
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """`gram` [in, in] plus `damp` times its mean diagonal on the diagonal; channels never active get 1 there."""
+    result = gram.clone()
+    diagonal = result.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    dead = diagonal <= 0
+    diagonal += damp * mean
+    diagonal[dead] = mean
+    return result
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U [in, in] with U^T U = gram^-1.
+
+    One factorisation and one triangular inverse: with J the reversal, J gram J = L L^T gives U = J L^-1 J, which
+    needs a third of the work of inverting first and factorising again, and loses fewer digits.
+    Raises torch.linalg.LinAlgError if `gram` is not positive definite.
+    """
+    lower = torch.linalg.cholesky(gram.flip(0, 1))
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+
+
+def factor_with_ladder(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
+    """(damped gram, its inverse factor, the damping that worked). Raises NotPositiveDefinite."""
+    for step in DAMP_LADDER:
+        matrix = damped(gram, damp * step)
+        try:
+            factor = inverse_factor(matrix)
+        except torch.linalg.LinAlgError:
+            continue
+        if bool(torch.isfinite(factor).all()):
+            return matrix, factor, damp * step
+    raise NotPositiveDefinite
+
+
+def round_channels(
+    weight_t: Tensor, factor: Tensor, group_of: list[int], grid: Grid | Callable[[int, Tensor], Grid], n_groups: int
+) -> Rounded:
+    """Round every input channel in the order given.
+
+    weight_t: float32 [in_features, out_features], rows in processing order; not modified.
+    factor: `inverse_factor` of the Gram matrix in the same order.
+    group_of: group number of each row.
+    grid: the grid of all groups (static groups), or a function of (group, current weights of that group's rows
+        [rows, out_features]) called when a group's first row is reached (each group is then a contiguous run of rows).
+    """
+    channels, out_features = weight_t.shape
+    work = weight_t.clone()
+    codes = torch.empty((channels, out_features), dtype=torch.uint8, device=work.device)
+    static = isinstance(grid, Grid)
+    if isinstance(grid, Grid):
+        scales, zeros, max_code, bits = grid.scales, grid.zeros, grid.max_code, grid.bits
+    else:
+        scales = torch.empty((n_groups, out_features), device=work.device)
+        zeros = torch.empty_like(scales)
+        max_code = bits = 0
+    diagonal = factor.diagonal().tolist()
+    group = -1
+    for start in range(0, channels, BLOCK):
+        stop = min(start + BLOCK, channels)
+        inner = factor[start:stop, start:stop].t().contiguous()  # row i holds what rows before i owe it
+        errors = torch.empty((stop - start, out_features), device=work.device)
+        for i in range(stop - start):
+            row = start + i
+            current = work[row]
+            if i:
+                current.addmv_(errors[:i].t(), inner[i, :i], alpha=-1.0)
+            if group_of[row] != group:
+                group = group_of[row]
+                if not static:
+                    assert callable(grid)
+                    members = _settled(work, errors, factor, start, i, row, group_of)
+                    found = grid(group, members)
+                    scales[group], zeros[group] = found.scales[0], found.zeros[0]
+                    max_code, bits = found.max_code, found.bits
+                scale, zero = scales[group], zeros[group]
+            code = quantize_to_codes(current, scale, zero, max_code)
+            codes[row] = code
+            torch.sub(current, code.sub_(zero).mul_(scale), out=errors[i]).div_(diagonal[row])
+        if stop < channels:
+            work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1.0)
+    return Rounded(codes, Grid(scales, zeros, bits))
+
+
+def _settled(
+    work: Tensor, errors: Tensor, factor: Tensor, start: int, done: int, row: int, group_of: list[int]
+) -> Tensor:
+    """Rows of the group that begins at `row` with every earlier rounding error already paid for."""
+    end = row + 1
+    while end < len(group_of) and group_of[end] == group_of[row]:
+        end += 1
+    members = work[row:end].clone()
+    if done:
+        # The first row has been settled by the caller; the others still miss this block's earlier errors.
+        members[1:].addmm_(factor[start : start + done, row + 1 : end].t(), errors[:done], alpha=-1.0)
+    return members
+
+
+def descend(weight_t: Tensor, gram: Tensor, codes: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
+    """One sweep of coordinate descent over the codes: each channel takes the code that is best given all the others.
+
+    Minimises tr((W - Q) gram (W - Q)^T) exactly along one channel at a time, so that the error never rises
+    (arXiv 2309.01885, section 3). All arguments in one common channel order:
+    weight_t float32 [in, out], gram float32 [in, in] (damped), codes uint8 [in, out], group_of int64 [in].
+    Returns new codes uint8 [in, out].
+    """
+    channels = weight_t.shape[0]
+    result = codes.clone()
+    scales, zeros, max_code = grid.scales, grid.zeros, grid.max_code
+    levels = codes.to(torch.float32).sub_(zeros[group_of]).mul_(scales[group_of])
+    pull = gram @ (weight_t - levels)
+    diagonal = gram.diagonal().tolist()
+    groups = group_of.tolist()
+    for start in range(0, channels, BLOCK):
+        stop = min(start + BLOCK, channels)
+        inner = gram[start:stop, start:stop].contiguous()
+        steps = torch.empty((stop - start, weight_t.shape[1]), device=weight_t.device)
+        for i in range(stop - start):
+            row = start + i
+            current = pull[row]
+            if i:
+                current.addmv_(steps[:i].t(), inner[i, :i], alpha=-1.0)
+            scale, zero = scales[groups[row]], zeros[groups[row]]
+            code = quantize_to_codes(torch.add(levels[row], current, alpha=1.0 / diagonal[row]), scale, zero, max_code)
+            result[row] = code
+            torch.sub(code.sub_(zero).mul_(scale), levels[row], out=steps[i])
+        if stop < channels:  # rows before `stop` are not read again in this sweep
+            pull[stop:].addmm_(gram[stop:, start:stop], steps, alpha=-1.0)
+    return result

@@ -1,0 +1,364 @@
+"""`edgetool quantize` from a resolved configuration to a published checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from edgetool import __version__
+from edgetool.artifacts import MANIFEST_NAME, OutputDirectory, atomic_write, disk_errors, write_manifest
+from edgetool.checkpoints.checkpoint import Checkpoint, read_json_object
+from edgetool.checkpoints.config_claims import claimed_quantization
+from edgetool.checkpoints.detect import detect
+from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.sources import ResolvedSource, resolve
+from edgetool.config import CommonConfig, QuantizeConfig
+from edgetool.errors import BadInput, MissingDependency, Stopped
+from edgetool.models.architectures import map_layers
+from edgetool.progress import Progress
+from edgetool.quantizers.recipe import Recipe
+
+SCHEMA = "edgetool.quantize/1"
+LEDGER_NAME = "ledger.jsonl"
+_TOKENS_NAME = "calibration.json"
+_WORST_SHOWN = 5
+
+
+def recipe_of(config: QuantizeConfig) -> Recipe:
+    """The engine's recipe: what the user gave, and this version's best defaults for the rest."""
+    scaling = config.method == "awq" if config.awq_scaling is None else config.awq_scaling
+    follow = 0.5 if config.asymmetric_calibration and config.method == "gptq" else 0.0
+    return Recipe(
+        method=config.method,
+        bits=config.bits,
+        group_size=config.group_size,
+        sym=config.sym,
+        desc_act=config.desc_act,
+        scale_search=config.scale_search,
+        asymmetric_calibration=follow,
+        awq_scaling=scaling and config.method != "rtn",
+        bias_correction=config.bias_correction,
+        damp=config.damp,
+        min_zero=1 if config.format == "gptq" and not config.sym else 0,
+    )
+
+
+def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
+    """Quantise `config.model` into `config.output`. Returns the result document, or {"plan": ...} for a dry run.
+
+    Raises any EdgetoolError; nothing appears at the output's place unless everything was written and verified.
+    """
+    started = time.monotonic()
+    _need_torch()
+    source = resolve(
+        config.model,
+        cache_dir=common.cache_dir,
+        offline=common.offline,
+        revision=config.revision,
+        token=common.token(),
+        progress=progress,
+    )
+    checkpoint = Checkpoint.open(source.path)
+    _refuse_quantized(checkpoint)
+    out = OutputDirectory(config.output, config.overwrite, config.resume)
+    out.check()
+    prepared = _Prepared.of(config, checkpoint)
+    if config.dry_run:
+        return {"plan": prepared.plan}
+    with out:
+        finished = out.partial / MANIFEST_NAME
+        if finished.is_file():  # killed between the last write and the renaming
+            manifest = read_json_object(finished)
+        else:
+            with _stop_requests() as stop:
+                manifest = _Run(config, common, source, checkpoint, prepared, out, stop, progress, started).manifest()
+            with disk_errors(out.partial):
+                write_manifest(out.partial, manifest)
+        (out.partial / LEDGER_NAME).unlink(missing_ok=True)
+        (out.partial / _TOKENS_NAME).unlink(missing_ok=True)
+        out.publish()
+    result = dict(manifest["result"])
+    result["output"] = str(config.output)
+    return result
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is decided before anything is written."""
+
+    recipe: Recipe
+    spec: Spec
+    dtype: str
+    device: Any
+    plan: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: QuantizeConfig, checkpoint: Checkpoint) -> _Prepared:
+        from edgetool.models.devices import resolve_device
+        from edgetool.quantizers.plan import free_gpu_bytes, make_plan
+        from edgetool.quantizers.storage import model_dtype
+
+        layers = map_layers(checkpoint.config, checkpoint.tensors)
+        recipe = recipe_of(config)
+        spec = Spec(config.bits, config.group_size, config.sym, config.desc_act)
+        dtype = model_dtype(checkpoint.config, checkpoint.tensors)
+        device = resolve_device(config.device)
+        plan = make_plan(config, checkpoint, layers, recipe, spec, dtype, str(device), free_gpu_bytes(device))
+        return cls(recipe, spec, dtype, device, plan)
+
+
+class _Run:
+    """One run in its partial directory, up to a verified checkpoint and its manifest."""
+
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        common: CommonConfig,
+        source: ResolvedSource,
+        checkpoint: Checkpoint,
+        prepared: _Prepared,
+        out: OutputDirectory,
+        stop: threading.Event,
+        progress: Progress,
+        started: float,
+    ) -> None:
+        self.config, self.common, self.source, self.checkpoint = config, common, source, checkpoint
+        self.prepared, self.out, self.stop, self.progress, self.started = prepared, out, stop, progress, started
+
+    def manifest(self) -> dict[str, Any]:
+        """Do everything; the returned document goes into edgetool.json."""
+        import torch
+
+        from edgetool.models.devices import fast_dtype
+        from edgetool.models.streamed import StreamedModel
+        from edgetool.quantizers import assemble, audit, engine
+        from edgetool.quantizers.ledger import Ledger
+
+        config, prepared, directory = self.config, self.prepared, self.out.partial
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        torch.manual_seed(config.seed)
+        compute_dtype = fast_dtype(prepared.device)
+        model = StreamedModel(self.checkpoint, prepared.device, compute_dtype)
+        calibration = self._calibration(model)
+        self.progress.note("hashing the source")
+        hashes = self.checkpoint.sha256()
+        identity = {
+            "source": hashes,
+            "recipe": prepared.recipe.to_dict(),
+            "format": config.format,
+            "quantize_lm_head": config.quantize_lm_head,
+            "calibration": None if calibration is None else calibration.sha256,
+            "compute": [prepared.device.type, str(compute_dtype), torch.get_num_threads(), torch.__version__],
+            "max_shard_size_bytes": config.max_shard_size_bytes,
+            "edgetool": __version__,
+        }
+        with disk_errors(directory):
+            ledger = Ledger.open(directory / LEDGER_NAME, identity)
+            job = engine.Job(
+                model=model,
+                recipe=prepared.recipe,
+                format=FORMATS[config.format],
+                spec=prepared.spec,
+                dtype=prepared.dtype,
+                token_ids=None if calibration is None else calibration.token_ids,
+                directory=directory,
+                quantize_lm_head=config.quantize_lm_head,
+                stop_requested=self.stop.is_set,
+            )
+            if not ledger.assembled:
+                try:
+                    engine.run(job, ledger, self.progress)
+                except engine.Abandoned:
+                    raise Stopped(
+                        f"stopped on request after {len(ledger.layers)} of {model.map.n_layers} layers, all kept"
+                    ) from None
+                assemble.assemble(job, config.max_shard_size_bytes, self.progress)
+                ledger.append({"assembled": True})
+            assemble.remove_working_files(directory)
+        output = Checkpoint.open(directory)
+        reports = [report for record in ledger.layers for report in record["modules"]]
+        changed = _names_awq_changes(model, output) if prepared.recipe.awq_scaling else set()
+        verified = audit.audit(
+            output,
+            self.checkpoint,
+            prepared.spec,
+            config.format,
+            {report["module"]: report["values_crc32"] for report in reports},
+            changed,
+            prepared.dtype,
+            self.progress,
+        )
+        smoke = audit.smoke(StreamedModel(output, prepared.device, compute_dtype), model, self.progress)
+        return self._document(model, output, calibration, hashes, reports, verified, smoke)
+
+    def _calibration(self, model: Any) -> Any:
+        """Calibration windows, kept beside the ledger so that resuming does not draw them again."""
+        import torch
+
+        from edgetool.models.streamed import load_tokenizer
+        from edgetool.quantizers import calibration as c
+
+        config = self.config
+        if self.prepared.recipe.method == "rtn":
+            return None
+        kept = self.out.partial / _TOKENS_NAME
+        asked = [config.calib, config.calib_column, config.calib_samples, config.calib_seqlen, config.seed]
+        if kept.is_file():
+            document = read_json_object(kept)
+            if document.get("asked") == asked:
+                return c.from_tokens(torch.tensor(document["token_ids"], dtype=torch.int64), config.calib)
+        tokenizer = load_tokenizer(self.checkpoint)
+        sizes = {"samples": config.calib_samples, "seqlen": config.calib_seqlen, "seed": config.seed}
+        if config.calib == "self":
+            from edgetool.quantizers.self_calibration import sample_from_model
+
+            found = sample_from_model(model, tokenizer, progress=self.progress, **sizes)
+        else:
+            texts = c.texts_of(config.calib, config.calib_column, offline=self.common.offline)
+            found = c.calibration_from(texts, tokenizer, source=config.calib, **sizes)
+        with disk_errors(kept):
+            atomic_write(kept, json.dumps({"asked": asked, "token_ids": found.token_ids.tolist()}).encode())
+        return found
+
+    def _document(
+        self,
+        model: Any,
+        output: Checkpoint,
+        calibration: Any,
+        hashes: dict[str, str],
+        reports: list[dict[str, Any]],
+        verified: dict[str, Any],
+        smoke: dict[str, Any],
+    ) -> dict[str, Any]:
+        from edgetool.quantizers.audit import gpu_peak_bytes, memory_peak_bytes
+
+        config, prepared = self.config, self.prepared
+        warnings = [
+            f"{report['module']}: Cholesky failed at every damping, rounded to nearest instead"
+            for report in reports
+            if prepared.recipe.method == "gptq" and report["method"] == "rtn"
+        ]
+        if smoke["degenerate"]:
+            warnings.append(f"original and quantised model both generate no language: {smoke['degenerate']}")
+        worst = sorted(reports, key=lambda report: -report["relative_error"])[:_WORST_SHOWN]
+        output_bytes = sum(path.stat().st_size for path in output.weight_files)
+        source_bytes = sum(path.stat().st_size for path in self.checkpoint.weight_files)
+        peak = memory_peak_bytes()
+        seconds = round(time.monotonic() - self.started, 3)
+        result = {
+            "output": str(config.output),
+            "model": config.model,
+            "method": config.method,
+            "format": config.format,
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "sym": config.sym,
+            "desc_act": config.desc_act,
+            "quantized_modules": len(reports),
+            "seconds": seconds,
+            "peak_rss_bytes": peak,
+            "source_bytes": source_bytes,
+            "output_bytes": output_bytes,
+            "worst_modules": [{key: w[key] for key in ("module", "relative_error")} for w in worst],
+            "smoke": {"prompt": smoke["prompt"], "text": smoke["text"]},
+            "warnings": warnings,
+        }
+        gpu = gpu_peak_bytes(prepared.device)
+        if gpu is not None:
+            result["peak_gpu_bytes"] = gpu
+        return {
+            "schema": SCHEMA,
+            "result": result,
+            "source": {"spec": self.source.spec, "provenance": self.source.provenance, "sha256": hashes},
+            "calibration": None
+            if calibration is None
+            else {
+                "source": calibration.source,
+                "samples": len(calibration.token_ids),
+                "seqlen": calibration.token_ids.shape[1],
+                "sha256_of_token_ids": calibration.sha256,
+            },
+            "recipe": prepared.recipe.to_dict(),
+            "config": json.loads(config.model_dump_json()),
+            "compute": {"device": str(prepared.device), "dtype": str(model.compute_dtype).removeprefix("torch.")},
+            "seed": config.seed,
+            "tools": tool_versions(),
+            "modules": reports,
+            "verified": verified,
+            "files": output.sha256(),
+        }
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            f"quantising needs {error.name or 'torch'}, which is not installed", "pip install 'edgetool[quant]'"
+        ) from error
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)
+    if found is not None:
+        raise BadInput(
+            f"{checkpoint.directory} is quantised already ({found.format}, {found.bits} bits, group {found.group_size})",
+            "quantise the original model instead",
+        )
+    claim = claimed_quantization(checkpoint.config)
+    if claim is not None:
+        raise BadInput(
+            f"{checkpoint.directory} is quantised already, says its config.json ({claim.get('quant_method', 'unknown')})",
+            "quantise the original model instead",
+        )
+
+
+def _names_awq_changes(model: Any, output: Checkpoint) -> set[str]:
+    """The 16-bit tensors of the decoder layers, where AWQ folds scales into norms and biases."""
+    return {name for name in output.tensors if name.startswith(f"{model.map.prefix}layers.")}
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what took part."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"edgetool": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual. Only the main thread can catch signals."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+        print("stopping after the step at hand; again to stop at once", file=sys.stderr, flush=True)
+
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,82 @@
+"""What a run has finished, on disk, so that a killed run loses one layer at most."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgetool.errors import BadInput
+
+
+@dataclass
+class Ledger:
+    """A file of JSON lines: first what the run is (`identity`), then one record for each finished layer.
+
+    A line is flushed to the disk before the run goes on, and after the files that it speaks of. A last line torn by a
+    crash counts as not written.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, identity: dict[str, Any]) -> Ledger:
+        """Start a ledger, or take up the one that is there.
+
+        Raises BadInput if it belongs to a run with other inputs or options, naming the first that differs.
+        """
+        ledger = cls(path, identity)
+        lines = _complete_lines(path)
+        if not lines:
+            path.unlink(missing_ok=True)
+            ledger._append({"identity": identity})
+            return ledger
+        known = lines[0].get("identity", {})
+        for key in identity:
+            if known.get(key) != identity[key]:
+                raise BadInput(
+                    f"the unfinished run in {path.parent} has another {key}: {known.get(key)!r}, now {identity[key]!r}",
+                    "give the same options as before with --resume, or --overwrite to start again",
+                )
+        ledger.records = lines[1:]
+        # Cut a torn line off, so that the next record starts on a line of its own.
+        keep = sum(len(json.dumps(line, sort_keys=True).encode()) + 1 for line in lines)
+        os.truncate(path, keep)
+        return ledger
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Records of finished layers, in order."""
+        return [record for record in self.records if "layer" in record]
+
+    @property
+    def assembled(self) -> bool:
+        """Whether the checkpoint's files have been put together (the layers' files are then no longer needed)."""
+        return any("assembled" in record for record in self.records)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a record; when this returns it survives a crash."""
+        self._append(record)
+        self.records.append(record)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.path.open("ab") as stream:
+            stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

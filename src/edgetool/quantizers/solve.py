@@ -1,0 +1,180 @@
+"""From a weight matrix and the statistics of its inputs to codes, scales and zero points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetool.quantizers import gptq
+from edgetool.quantizers.grid import Grid, find_grid, fp16_scale, quantize_to_codes
+from edgetool.quantizers.recipe import Recipe
+
+
+@dataclass
+class InputStatistics:
+    """Second moments of a stage's inputs x (as the quantised model sees them) over all calibration tokens.
+
+    gram: float32 [in, in], mean of x x^T.
+    cross: float32 [in, in], mean of (x_original - x) x^T, or None when the original's inputs are not followed.
+    mean_error: float32 [in], mean of x_original - x, or None.
+    """
+
+    gram: Tensor
+    cross: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantised matrix.
+
+    codes: uint8 [in_features, out_features], in the checkpoint's channel order.
+    grid: scales and zeros [n_groups, out_features].
+    group_of: int64 [in_features], group of each channel.
+    trivial: group_of is i // group_size.
+    method: what was really done ("gptq", "rtn"); damp: the damping that worked (0 for rtn).
+    relative_error: sqrt(tr(D gram D^T) / tr(W gram W^T)) with D the change of the weight: the error of the outputs.
+    """
+
+    codes: Tensor
+    grid: Grid
+    group_of: Tensor
+    trivial: bool
+    method: str
+    damp: float
+    relative_error: float
+
+    def dequantized_t(self) -> Tensor:
+        """float32 [in_features, out_features]."""
+        return dequantize_t(self.codes, self.grid, self.group_of)
+
+
+def dequantize_t(codes: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
+    """scale * (code - zero), float32 [in_features, out_features]."""
+    return codes.to(torch.float32).sub_(grid.zeros[group_of]).mul_(grid.scales[group_of])
+
+
+def relative_error(weight_t: Tensor, quantized_t: Tensor, gram: Tensor) -> float:
+    """Root of the mean squared output error over the mean squared output."""
+    difference = quantized_t - weight_t
+    error = float((difference * (gram @ difference)).sum())
+    energy = float((weight_t * (gram @ weight_t)).sum())
+    return (max(error, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
+
+
+def solve_rtn(weight: Tensor, recipe: Recipe, statistics: InputStatistics | None = None) -> Solved:
+    """Round to nearest on the best grid; with statistics, the grid search weighs channels by their activity."""
+    weight_t = weight.t().contiguous()
+    channels = weight_t.shape[0]
+    grid = static_grid(weight_t, recipe, None if statistics is None else statistics.gram.diagonal())
+    group_of = trivial_groups(channels, recipe, weight.device)
+    codes = quantize_to_codes(weight_t, grid.scales[group_of], grid.zeros[group_of], grid.max_code).to(torch.uint8)
+    error = 0.0
+    if statistics is not None:
+        error = relative_error(weight_t, dequantize_t(codes, grid, group_of), statistics.gram)
+    return Solved(codes, grid, group_of, True, "rtn", 0.0, error)
+
+
+def solve_gptq(weight: Tensor, recipe: Recipe, statistics: InputStatistics) -> Solved:
+    """GPTQ on `weight` float32 [out_features, in_features]; falls back to RTN where no damping helps."""
+    weight_t = weight.t().contiguous()
+    channels = weight_t.shape[0]
+    activity = statistics.gram.diagonal()
+    dead = activity <= 0
+    weight_t[dead] = 0  # a channel that is never active must not stretch its group's range
+    if recipe.act_order or recipe.desc_act:
+        order = torch.argsort(activity, descending=True, stable=True)
+    else:
+        order = torch.arange(channels, device=weight.device)
+    try:
+        gram, factor, damp = gptq.factor_with_ladder(statistics.gram[order][:, order], recipe.damp)
+    except gptq.NotPositiveDefinite:
+        return solve_rtn(weight, recipe, statistics)
+
+    target_t = weight_t
+    if statistics.cross is not None and recipe.asymmetric_calibration > 0:
+        target_t = shifted_target(weight_t, statistics.cross, factor, order, recipe.asymmetric_calibration)
+    ordered = target_t[order]
+    size = recipe.size(channels)
+    if recipe.desc_act or not recipe.act_order:
+        group_of = torch.arange(channels, device=weight.device) // size
+        importance = activity[order]
+
+        def grid_of(group: int, members: Tensor) -> Grid:
+            weights = importance[group * size : (group + 1) * size].unsqueeze(0)
+            return grid_for(members.unsqueeze(0), weights, recipe)
+
+        rounded = gptq.round_channels(ordered, factor, group_of.tolist(), grid_of, recipe.groups(channels))
+    else:
+        grid = static_grid(target_t, recipe, activity)
+        group_of = order // size
+        rounded = gptq.round_channels(ordered, factor, group_of.tolist(), grid, recipe.groups(channels))
+    del factor
+    codes, grid = rounded.codes, rounded.grid
+    for _ in range(recipe.sweeps):
+        if recipe.refit:
+            grid = refit_scales(ordered, gram, codes, grid, group_of)
+        codes = gptq.descend(ordered, gram, codes, grid, group_of)
+    back = torch.argsort(order)
+    codes, group_of = codes[back].contiguous(), group_of[back]
+    trivial = not recipe.desc_act or bool((group_of == trivial_groups(channels, recipe, weight.device)).all())
+    error = relative_error(weight_t, dequantize_t(codes, grid, group_of), statistics.gram)
+    return Solved(codes, grid, group_of, trivial, "gptq", damp, error)
+
+
+def shifted_target(weight_t: Tensor, cross: Tensor, factor: Tensor, order: Tensor, strength: float) -> Tensor:
+    """The real-valued matrix whose outputs on the quantised model's inputs are nearest the original's outputs.
+
+    min_V E|V x - W x_original|^2 is solved by V = W + W E[(x_original - x) x^T] (E[x x^T] + damping)^-1; rounding V by
+    GPTQ then minimises the objective of arXiv 2504.02692 (equation 6) directly. `factor` U of the damped Gram matrix in
+    `order` gives its inverse as U^T U. Returns float32 [in, out] in the checkpoint's order.
+    """
+    moved = cross.t()[order] @ weight_t  # [in (ordered), out]
+    correction = torch.empty_like(weight_t)
+    correction[order] = factor.t() @ (factor @ moved)
+    return weight_t + strength * correction
+
+
+def refit_scales(weight_t: Tensor, gram: Tensor, codes: Tensor, grid: Grid, group_of: Tensor) -> Grid:
+    """Scales that minimise tr((W - Q) gram (W - Q)^T) for the codes as they are, jointly over a row's groups.
+
+    One linear system of n_groups unknowns for each output row. All arguments in one channel order, as in `descend`.
+    """
+    n_groups, out_features = grid.scales.shape
+    levels = codes.to(torch.float32).sub_(grid.zeros[group_of])  # [in, out]
+    right = levels * (gram @ weight_t)
+    indicator = torch.nn.functional.one_hot(group_of, n_groups).to(torch.float32)  # [in, G]
+    b = indicator.t() @ right  # [G, out]
+    a = torch.empty((out_features, n_groups, n_groups), device=weight_t.device)
+    for group in range(n_groups):
+        members = (group_of == group).nonzero().squeeze(1)
+        product = gram[:, members] @ levels[members]  # [in, out]
+        a[:, :, group] = (indicator.t() @ product.mul_(levels)).t()
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    ridge = 1e-4 * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
+    a.diagonal(dim1=1, dim2=2).add_(ridge)
+    right_side = b.t() + ridge * grid.scales.t()
+    scales = torch.linalg.solve(a, right_side.unsqueeze(-1)).squeeze(-1).t().contiguous()
+    keep = (scales * grid.scales > 0) & torch.isfinite(scales)
+    return Grid(fp16_scale(torch.where(keep, scales, grid.scales)), grid.zeros, grid.bits)
+
+
+def static_grid(weight_t: Tensor, recipe: Recipe, importance: Tensor | None) -> Grid:
+    """Grid of all groups of [in, out], found before any rounding."""
+    channels, out_features = weight_t.shape
+    groups = weight_t.view(recipe.groups(channels), recipe.size(channels), out_features)
+    weights = None if importance is None else importance.view(groups.shape[0], groups.shape[1])
+    return grid_for(groups, weights, recipe)
+
+
+def grid_for(groups: Tensor, weights: Tensor | None, recipe: Recipe) -> Grid:
+    """`find_grid` with what the recipe says."""
+    return find_grid(
+        groups, weights, bits=recipe.bits, sym=recipe.sym, search=recipe.scale_search, min_zero=recipe.min_zero
+    )
+
+
+def trivial_groups(channels: int, recipe: Recipe, device: torch.device) -> Tensor:
+    """int64 [in_features]: i // group_size."""
+    return torch.arange(channels, device=device) // recipe.size(channels)

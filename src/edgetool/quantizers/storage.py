@@ -1,0 +1,65 @@
+"""How tensors that are not quantised are stored: 16 bit, never silently out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from edgetool.checkpoints.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
+from edgetool.checkpoints.tensor_file import TensorInfo, iter_chunks
+from edgetool.errors import BadInput
+
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_CONFIG_NAMES = {"float16": "F16", "bfloat16": "BF16"}
+_FP16_MAX = 65504.0
+
+
+def model_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """ "F16" or "BF16": what config.json says, else what most of the weights' bytes are, else "F16"."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    for section in (config, text or {}):
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) in _CONFIG_NAMES:
+                return _CONFIG_NAMES[section[key]]
+    sizes = {"F16": 0, "BF16": 0}
+    for info in tensors.values():
+        if info.dtype in sizes:
+            sizes[info.dtype] += info.nbytes
+    return "BF16" if sizes["BF16"] > sizes["F16"] else "F16"
+
+
+def stored_dtype_of(dtype: str, target: str) -> str:
+    """16-bit floats and everything that is no float stay as they are; wider floats become `target`."""
+    return target if dtype in ("F32", "F64") else dtype
+
+
+def to_storage(array: Any, dtype: str, target: str, name: str) -> tuple[str, Any]:
+    """(dtype, array) as stored; `array` has dtype `dtype` (BF16 as uint16). Raises BadInput for what does not fit."""
+    _check_finite(array, dtype, name)
+    if dtype not in ("F32", "F64"):
+        return dtype, array
+    if target == "BF16":
+        return target, float32_to_bfloat16(np.asarray(array, dtype=np.float32))
+    largest = float(np.abs(array).max(initial=0.0))
+    if largest > _FP16_MAX:
+        raise BadInput(
+            f"{name} holds {largest:g}, which does not fit float16",
+            'set "dtype": "bfloat16" in the model\'s config.json',
+        )
+    return target, np.asarray(array).astype(np.float16)
+
+
+def storage_chunks(info: TensorInfo, target: str) -> Iterator[Any]:
+    """A stored tensor's bytes as `to_storage` gives them, a few MiB at a time."""
+    for chunk in iter_chunks(info):
+        yield to_storage(chunk, info.dtype, target, info.name)[1]
+
+
+def _check_finite(array: Any, dtype: str, name: str) -> None:
+    if dtype not in _FLOATS:
+        return
+    values = bfloat16_to_float32(array) if dtype == "BF16" else array
+    if not np.isfinite(values).all():
+        raise BadInput(f"{name} holds NaN or infinite values")
