@@ -5,8 +5,8 @@
     python benchmarks/quantize.py --list
 
 The peers live in environments of their own (`make env-gptqmodel env-llmcompressor`, benchmarks/envs.mk). All get the
-same calibration: the text is cut into samples whose token ids survive decoding and encoding again, edgetool reads them
-as a .jsonl and the peers as token ids. Each tool runs alone as a child process whose whole tree is measured (measure).
+same calibration token ids: edgetool's own choice from `--calib`, handed to the peers, and edgetool's record of what it
+used is held against them afterwards. Each tool runs alone as a child process whose whole tree is measured (measure.py).
 What each wrote is then judged by one evaluator (evaluate.py) on text that none has seen. No test asserts any of this.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -24,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
+from edgetool.quantizers.calibration import calibration_from, texts_of
 from measure import run
 
 HERE = Path(__file__).resolve().parent
@@ -79,36 +79,6 @@ def interpreter(environment: str) -> Path:
     return Path(given) if given else REPOSITORY / ".envs" / environment / "bin" / "python"
 
 
-def calibration_samples(
-    tokenizer: PreTrainedTokenizerBase, text: str, samples: int, seqlen: int, seed: int
-) -> list[list[int]]:
-    """Token ids [samples][seqlen] drawn from all over the text, each one exactly what its decoded text encodes to.
-
-    Cutting a token list in the middle of a word or character gives a text with other tokens; such places are skipped.
-    """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    if len(ids) < samples * seqlen:
-        raise SystemExit(f"the calibration text has {len(ids)} tokens; {samples} x {seqlen} are needed")
-    starts = [number * (len(ids) // samples) for number in range(samples)]
-    random.Random(seed).shuffle(starts)
-    return [_window(tokenizer, ids, start, seqlen) for start in starts]
-
-
-def _window(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, seqlen: int) -> list[int]:
-    for begin in range(start, len(ids) - seqlen):
-        window = ids[begin : begin + seqlen]
-        if tokenizer(tokenizer.decode(window), add_special_tokens=False).input_ids == window:
-            return list(window)
-    raise SystemExit("no stretch of the calibration text survives decoding and encoding; use another text")
-
-
-def default_calibration_text() -> str:
-    """The interpreter's own documentation of the language: prose with some code, on every machine."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
 class Bench:
     """One run of the table: the job every tool gets and the place where they work."""
 
@@ -117,12 +87,17 @@ class Bench:
         self.work = work
         self.model = resolve_model(options.model)
         self.tokens = work / "calibration.tokens.json"
-        self.jsonl = work / "calibration.jsonl"
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        text = options.calib.read_text(encoding="utf-8") if options.calib else default_calibration_text()
-        rows = calibration_samples(tokenizer, text, options.samples, options.seqlen, options.seed)
-        self.tokens.write_text(json.dumps(rows))
-        self.jsonl.write_text("".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in rows))
+        texts = texts_of(options.calib, options.calib_column, offline=True)
+        self.calibration = calibration_from(
+            texts,
+            tokenizer,
+            source=options.calib,
+            samples=options.samples,
+            seqlen=options.seqlen,
+            seed=options.seed,
+        )
+        self.tokens.write_text(json.dumps(self.calibration.token_ids.tolist()))
 
     def measure(self, name: str) -> Measured:
         row = ROWS[name]
@@ -136,6 +111,8 @@ class Bench:
             cost = run(build(row, output), self._environment(), log, TIMEOUT_S)
             if cost.returncode != 0:
                 raise SystemExit(f"{row.title} ended with {cost.returncode}; its log: {log}\n{_tail(log)}")
+        if row.script == "edgetool" and row.method != "rtn":
+            self._check_calibration(output)
         version = _version(row, output, log)
         return Measured(
             name,
@@ -147,6 +124,10 @@ class Bench:
             cost.wall_s,
             cost.peak_rss_bytes,
         )
+
+    def _check_calibration(self, output: Path) -> None:
+        if self.calibration.sha256 not in (output / "edgetool.json").read_text():
+            raise SystemExit(f"{output.name}: edgetool did not calibrate with the token ids that the peers get")
 
     def _environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("EDGETOOL_")}
@@ -163,8 +144,9 @@ class Bench:
         return [
             sys.executable, "-m", "edgetool", "quantize", str(self.model), "-o", str(output), "--method", row.method,
             "--bits", str(o.bits), "--group-size", str(o.group_size), "--sym" if row.sym else "--asym",
-            "--calib", str(self.jsonl), "--calib-column", "text", "--calib-samples", str(o.samples),
-            "--calib-seqlen", str(o.seqlen), "--threads", str(o.threads), "--device", "cpu", "--json", *row.options,
+            "--calib", o.calib, *(["--calib-column", o.calib_column] if o.calib_column else []), "--seed", str(o.seed),
+            "--calib-samples", str(o.samples), "--calib-seqlen", str(o.seqlen),
+            "--threads", str(o.threads), "--device", "cpu", "--json", *row.options,
         ]  # fmt: skip
 
     def _peer(self, row: Row, output: Path) -> list[str]:
@@ -281,7 +263,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="anything `edgetool quantize` takes")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--calib", type=Path, help="a text file; without it Python's own language reference")
+    parser.add_argument("--calib", default="builtin", help="as in `edgetool quantize`: builtin or a file")
+    parser.add_argument("--calib-column")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
