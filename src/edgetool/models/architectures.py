@@ -1,7 +1,8 @@
 """Which models the engine understands, and how a decoder layer of them is put together.
 
 All supported families share one layer: four groups of linears, each group reading one common input. They differ in
-attention details (biases, per-head norms, sliding windows, rotary scaling), which transformers' own classes take care of.
+attention details (biases, per-head norms, sliding windows, rotary scaling), which transformers' own
+classes take care of.
 """
 
 from __future__ import annotations
@@ -105,9 +106,7 @@ def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
     names = set(tensor_names)
     prefix = next((p for p in _TEXT_PREFIXES if f"{p}embed_tokens.weight" in names), None)
     if prefix is None:
-        raise BadInput(
-            f"no {_TEXT_PREFIXES[-1]}embed_tokens.weight in the checkpoint: not a {FAMILIES[model_type]} model"
-        )
+        raise BadInput(f"no model.embed_tokens.weight in the checkpoint: not a {FAMILIES[model_type]} model")
     heads = ("lm_head", "language_model.lm_head")
     head = next((f"{h}.weight" for h in heads if any(f"{h}.{kind}" in names for kind in _HEAD_TENSORS)), None)
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))

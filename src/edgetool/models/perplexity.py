@@ -34,7 +34,8 @@ def windows(token_ids: list[int], context: int, limit_tokens: int | None = None)
 
 def measure(model: StreamedModel, token_ids: Tensor, progress: Progress, title: str) -> Perplexity:
     """Perplexity over windows int64 [n, context] (n >= 1)."""
-    hidden = [model.embed(batch) for batch in token_ids.split(max(1, TOKENS_AT_ONCE // token_ids.shape[1]))]
+    batches = token_ids.split(max(1, TOKENS_AT_ONCE // token_ids.shape[1]))  # type: ignore[no-untyped-call]
+    hidden = [model.embed(batch) for batch in batches]
     arguments = {batch.shape: model.layer_arguments(batch) for batch in {h.shape: h for h in hidden}.values()}
     with progress.task(title, model.map.n_layers, "layer") as task, torch.no_grad():
         for index in range(model.map.n_layers):

@@ -180,7 +180,7 @@ class StreamedModel:
         """The output matrix (the embedding where they are tied), float32, some rows at a time."""
         head = self.map.lm_head or self.map.embedding
         if head.removesuffix(".weight") in self._quantized_modules:
-            yield from self.weight(head.removesuffix(".weight")).split(rows_at_once)
+            yield from self.weight(head.removesuffix(".weight")).split(rows_at_once)  # type: ignore[no-untyped-call]
             return
         info = self.checkpoint.tensors[head]
         for start in range(0, info.shape[0], rows_at_once):

@@ -32,7 +32,7 @@ class ActivationFile:
         data = states.detach().to("cpu", self.dtype).contiguous()
         if self._shapes.get(batch) != tuple(data.shape):
             self._place(batch, tuple(data.shape))
-        view = memoryview(data.view(torch.uint8).reshape(-1).numpy())
+        view = _bytes_of(data)
         offset = self._offsets[batch]
         while view:
             written = os.pwrite(self._fd, view, offset)
@@ -41,7 +41,7 @@ class ActivationFile:
     def read(self, batch: int) -> Tensor:
         """Batch number `batch` on the device."""
         data = torch.empty(self._shapes[batch], dtype=self.dtype)
-        view = memoryview(data.view(torch.uint8).reshape(-1).numpy())
+        view = _bytes_of(data)
         offset = self._offsets[batch]
         while view:
             got = os.preadv(self._fd, [view], offset)
@@ -85,3 +85,8 @@ class ActivationFile:
         self._offsets[batch] = start
         if os.fstat(self._fd).st_size < start + size:
             os.ftruncate(self._fd, start + size)
+
+
+def _bytes_of(data: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, for reading and writing in place."""
+    return data.view(torch.uint8).reshape(-1).numpy().data

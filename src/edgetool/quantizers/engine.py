@@ -7,8 +7,7 @@ line in the ledger; the files are put together when all are there (assemble.py).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgetool.checkpoints.canonical import QuantizedLinear
-from edgetool.checkpoints.formats import Format, Spec
+from edgetool.checkpoints.formats import Format, Spec, stored_dtype
 from edgetool.checkpoints.tensor_file import write_tensor_file
 from edgetool.errors import BadInput
 from edgetool.models.architectures import STAGES, Stage
@@ -30,7 +29,8 @@ from edgetool.quantizers.activations import ActivationFile
 from edgetool.quantizers.layer_pass import LayerPass
 from edgetool.quantizers.ledger import Ledger
 from edgetool.quantizers.recipe import Recipe
-from edgetool.quantizers.solve import InputStatistics, Solved, solve_gptq, solve_rtn
+from edgetool.quantizers.solve import Solved, solve_gptq, solve_rtn
+from edgetool.quantizers.statistics import InputStatistics, Moments
 from edgetool.quantizers.storage import to_storage
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
@@ -121,7 +121,7 @@ class _Streams:
         model = job.model
         assert job.token_ids is not None
         at_once = TOKENS_AT_ONCE[model.device.type]
-        self.batches = list(job.token_ids.split(max(1, at_once // job.token_ids.shape[1])))
+        self.batches = list(job.token_ids.split(max(1, at_once // job.token_ids.shape[1])))  # type: ignore[no-untyped-call]
         names = ["quantised"] + (["original"] if job.recipe.asymmetric_calibration > 0 else [])
         self.files = {name: [self._file(f"{name}-{turn}") for turn in (0, 1)] for name in names}
         self.stashes = {name: self._file(f"{name}-stash", model.compute_dtype) for name in names}
@@ -225,28 +225,20 @@ class _LayerJob:
             return None
         quantised, original = passes["quantised"], passes.get("original")
         kept = self.grams.get(stage.name)
-        gram = cross = torch.empty(0)
-        tokens = 0
+        moments: Moments | None = None
         for number in range(len(self.streams.batches)):
-            x = quantised.inputs(stage, number)
-            if kept is not None:
-                continue
-            if not tokens:
-                gram = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
-                cross = torch.zeros_like(gram) if original is not None else cross
-            with _fast_float32():
-                gram.addmm_(x.t(), x)
-                if original is not None:
-                    cross.addmm_(original.inputs(stage, number).sub_(x).t(), x)
-            tokens += x.shape[0]
-        if kept is not None:
-            return InputStatistics(kept)
-        if not bool(torch.isfinite(gram.diagonal()).all()):
+            x = quantised.inputs(stage, number)  # also where the moments are known: the next stage builds on it
+            if kept is None:
+                moments = moments or Moments(x.shape[1], x.device, follow_original=original is not None)
+                moments.add(x, None if original is None else original.inputs(stage, number))
+        if moments is None:
+            return InputStatistics(self.grams[stage.name])
+        if not moments.finite():
             raise BadInput(
-                f"the inputs of {self.prefix}{stage.linears[0]} are not finite: the model overflows, or a weight is NaN",
+                f"the inputs of {self.prefix}{stage.linears[0]} are not finite: the model overflows, or holds NaN",
                 "edgetool inspect shows which tensors hold NaN",
             )
-        return InputStatistics(gram.div_(tokens), cross.div_(tokens) if original is not None else None)
+        return moments.mean()
 
     def _quantize(self, stage: Stage, statistics: InputStatistics | None, one: LayerPass | None) -> None:
         recipe = self.job.recipe
@@ -273,7 +265,7 @@ class _LayerJob:
         full = self.prefix + name
         linear = canonical(solved, rows, self.job.recipe)
         for suffix, array in self.job.format.write(linear, self.job.spec, full).items():
-            self.tensors[f"{full}.{suffix}"] = (_numpy_dtype_name(array), array)
+            self.tensors[f"{full}.{suffix}"] = (stored_dtype(array), array)
         self.reports.append(
             {
                 "module": full,
@@ -365,14 +357,11 @@ def _quantize_head(job: Job, streams: _Streams | None) -> tuple[dict[str, tuple[
     model = job.model
     statistics = None
     if streams is not None:
-        gram = torch.zeros((model.map.hidden_size, model.map.hidden_size), device=model.device)
+        moments = Moments(model.map.hidden_size, model.device, follow_original=False)
         states = streams.files["quantised"][streams.layer % 2]
-        tokens = 0
         for number in range(len(streams.batches)):
-            x = model.final_norm(states.read(number)).flatten(0, 1)
-            gram.addmm_(x.t(), x)
-            tokens += x.shape[0]
-        statistics = InputStatistics(gram.div_(tokens))
+            moments.add(model.final_norm(states.read(number)).flatten(0, 1))
+        statistics = moments.mean()
     recipe = job.recipe.without_target()
     parts: list[QuantizedLinear] = []
     errors: list[float] = []
@@ -398,26 +387,4 @@ def _quantize_head(job: Job, streams: _Streams | None) -> tuple[dict[str, tuple[
         "relative_error": max(errors),
         "values_crc32": crc,
     }
-    return {f"lm_head.{suffix}": (_numpy_dtype_name(array), array) for suffix, array in arrays.items()}, report
-
-
-def _numpy_dtype_name(array: Any) -> str:
-    from edgetool.checkpoints.formats import stored_dtype
-
-    return stored_dtype(array)
-
-
-@contextmanager
-def _fast_float32() -> Iterator[None]:
-    """For Gram matrices: let oneDNN multiply float32 matrices on a CPU, by way of bf16 where it has instructions for it.
-
-    Products are summed in float32 either way, and the inputs are rounded to bf16 by the model's own products too.
-    The setting also selects oneDNN over the default library, which is half as fast on some CPUs.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return {f"lm_head.{suffix}": (stored_dtype(array), array) for suffix, array in arrays.items()}, report

@@ -17,7 +17,7 @@ from torch import Tensor
 from edgetool.quantizers.grid import Grid, quantize_to_codes
 
 BLOCK = 128
-"""Input channels rounded between two updates of all later channels (arXiv 2210.17323, section 3, "lazy batch-updates")."""
+"""Input channels rounded between two updates of all later ones (arXiv 2210.17323, section 3, lazy batch-updates)."""
 
 DAMP_LADDER = (1.0, 3.0, 10.0, 30.0)
 """Multiples of the asked damping tried in turn while the Cholesky factorisation fails."""
@@ -55,7 +55,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
     """
     lower = torch.linalg.cholesky(gram.flip(0, 1))
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)
 
 
 def factor_with_ladder(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
@@ -64,7 +65,7 @@ def factor_with_ladder(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float
         matrix = damped(gram, damp * step)
         try:
             factor = inverse_factor(matrix)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(torch.isfinite(factor).all()):
             return matrix, factor, damp * step

@@ -312,13 +312,13 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)
     if found is not None:
         raise BadInput(
-            f"{checkpoint.directory} is quantised already ({found.format}, {found.bits} bits, group {found.group_size})",
+            f"{checkpoint.directory} is quantised already: {found.format}, {found.bits} bits, group {found.group_size}",
             "quantise the original model instead",
         )
     claim = claimed_quantization(checkpoint.config)
     if claim is not None:
         raise BadInput(
-            f"{checkpoint.directory} is quantised already, says its config.json ({claim.get('quant_method', 'unknown')})",
+            f"{checkpoint.directory} is quantised already, says config.json: {claim.get('quant_method', 'unknown')}",
             "quantise the original model instead",
         )
 
@@ -348,7 +348,7 @@ def _stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, _: Any) -> None:
         stop.set()

@@ -138,7 +138,7 @@ def make_plan(
     free_disk = shutil.disk_usage(place).free
     if costs.disk_bytes > free_disk:
         raise ResourceUnavailable(
-            f"quantising needs about {costs.disk_bytes / 1e9:.1f} GB on disk, {place} has {free_disk / 1e9:.1f} GB free",
+            f"quantising needs about {costs.disk_bytes / 1e9:.1f} GB of disk, {place} has {free_disk / 1e9:.1f} free",
             "choose an --output on a larger disk",
         )
     text = layers.text_config

@@ -10,19 +10,7 @@ from torch import Tensor
 from edgetool.quantizers import gptq
 from edgetool.quantizers.grid import Grid, find_grid, fp16_scale, quantize_to_codes
 from edgetool.quantizers.recipe import Recipe
-
-
-@dataclass
-class InputStatistics:
-    """Second moments of a stage's inputs x (as the quantised model sees them) over all calibration tokens.
-
-    gram: float32 [in, in], mean of x x^T.
-    cross: float32 [in, in], mean of (x_original - x) x^T, or None when the original's inputs are not followed.
-    mean_error: float32 [in], mean of x_original - x, or None.
-    """
-
-    gram: Tensor
-    cross: Tensor | None = None
+from edgetool.quantizers.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
