@@ -178,8 +178,8 @@ class _LayerJob:
         self.prefix = job.model.map.layer_prefix(layer)
         self.tensors: dict[str, tuple[str, Any]] = {}
         self.reports: list[dict[str, Any]] = []
-        self.folded: dict[str, Tensor] = {}
-        self.grams: dict[str, Tensor] = {}
+        self.changed: dict[str, Tensor] = {}
+        self.known: dict[str, InputStatistics] = {}
 
     def run(self, advance: Callable[..., None]) -> tuple[dict[str, tuple[str, Any]], list[dict[str, Any]]]:
         """Quantise the layer; returns its tensors (name -> dtype, array) and a report for each linear."""
@@ -203,10 +203,10 @@ class _LayerJob:
         return self.tensors, self.reports
 
     def _built(self, stream: str) -> Any:
-        """The layer with 16-bit weights; the quantised stream's has what AWQ folded."""
+        """The layer with 16-bit weights; the quantised stream's has what AWQ changed."""
         layer = self.job.model.layer(self.layer)
         if stream == "quantised":
-            for name, tensor in self.folded.items():
+            for name, tensor in self.changed.items():
                 owner, _, kind = name.rpartition(".")
                 module = layer.get_submodule(owner)
                 if isinstance(module, ComputeLinear):
@@ -216,23 +216,27 @@ class _LayerJob:
         return layer
 
     def _weight(self, linear: str) -> Tensor:
-        folded = self.folded.get(f"{linear}.weight")
-        return self.job.model.weight(self.prefix + linear) if folded is None else folded
+        changed = self.changed.get(f"{linear}.weight")
+        return self.job.model.weight(self.prefix + linear) if changed is None else changed
+
+    def _bias(self, linear: str) -> Tensor | None:
+        changed = self.changed.get(f"{linear}.bias")
+        return self.job.model.bias(self.prefix + linear) if changed is None else changed
 
     def _statistics(self, stage: Stage, passes: dict[str, LayerPass]) -> InputStatistics | None:
         """Second moments of the stage's inputs; None without calibration."""
         if self.streams is None:
             return None
         quantised, original = passes["quantised"], passes.get("original")
-        kept = self.grams.get(stage.name)
+        known = self.known.get(stage.name)
         moments: Moments | None = None
         for number in range(len(self.streams.batches)):
             x = quantised.inputs(stage, number)  # also where the moments are known: the next stage builds on it
-            if kept is None:
+            if known is None:
                 moments = moments or Moments(x.shape[1], x.device, follow_original=original is not None)
                 moments.add(x, None if original is None else original.inputs(stage, number))
         if moments is None:
-            return InputStatistics(self.grams[stage.name])
+            return known
         if not moments.finite():
             raise BadInput(
                 f"the inputs of {self.prefix}{stage.linears[0]} are not finite: the model overflows, or holds NaN",
@@ -257,7 +261,10 @@ class _LayerJob:
             start += rows
             values = quantized_t[:, part].t().contiguous()
             if one is not None:
-                bias = one.layer.get_submodule(name).bias
+                bias = self._bias(name)
+                if bias is not None and statistics is not None and recipe.bias_correction:
+                    bias = bias + (self._weight(name) - values) @ statistics.mean
+                    self.changed[f"{name}.bias"] = bias
                 one.replace(name, ComputeLinear(values, bias, self.job.model.compute_dtype))
             self._store_linear(name, solved, part, values)
 
@@ -277,17 +284,17 @@ class _LayerJob:
         )
 
     def _store_the_rest(self) -> None:
-        """Norms and biases of the layer, folded or as they are, in 16 bit."""
+        """Norms and biases of the layer, changed or as they are, in 16 bit."""
         model = self.job.model
         quantized = {f"{self.prefix}{name}.weight" for stage in STAGES for name in stage.linears}
         for full, info in model.checkpoint.tensors.items():
             if not full.startswith(self.prefix) or full in quantized:
                 continue
-            folded = self.folded.get(full.removeprefix(self.prefix))
-            if folded is None:
+            changed = self.changed.get(full.removeprefix(self.prefix))
+            if changed is None:
                 self.tensors[full] = to_storage(model.checkpoint.read(full), info.dtype, self.job.dtype, full)
             else:
-                self.tensors[full] = to_storage(folded.cpu().numpy(), "F32", self.job.dtype, full)
+                self.tensors[full] = to_storage(changed.cpu().numpy(), "F32", self.job.dtype, full)
 
     def _fold_scales(self) -> None:
         """AWQ: statistics of the whole layer with 16-bit weights, then a scale for each stage, folded in turn."""
@@ -300,7 +307,7 @@ class _LayerJob:
                 raise Abandoned
             statistics = self._statistics(stage, original)
             assert statistics is not None
-            self.grams[stage.name] = statistics.gram
+            self.known[stage.name] = statistics
         tensors = {name: parameter for name, parameter in layer.named_parameters() if "norm" in name}
         for stage in STAGES:
             for name in stage.linears:
@@ -313,13 +320,15 @@ class _LayerJob:
         for stage in STAGES:
             source_of = self._source_of(stage)
             weight = torch.cat([tensors[f"{name}.weight"] for name in stage.linears])
-            scale = awq.find_scale(weight, self.grams[stage.name], scaling, source_of)
+            known = self.known[stage.name]
+            scale = awq.find_scale(weight, known.gram, scaling, source_of)
             tensors = awq.fold(tensors, stage, scale, source_of)
             wide = scale if source_of is None else scale[source_of]
-            self.grams[stage.name] /= wide.unsqueeze(0) * wide.unsqueeze(1)
-        self.folded = {name: tensor for name, tensor in tensors.items() if tensor is not before[name]}
+            known.gram /= wide.unsqueeze(0) * wide.unsqueeze(1)
+            known.mean /= wide
+        self.changed = {name: tensor for name, tensor in tensors.items() if tensor is not before[name]}
         if job.recipe.method != "awq":
-            self.grams.clear()  # GPTQ wants the statistics its own earlier stages cause
+            self.known.clear()  # GPTQ wants the statistics its own earlier stages cause
 
     def _source_of(self, stage: Stage) -> Tensor | None:
         if stage.name != "o":

@@ -59,16 +59,15 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return inverse.flip(0, 1)
 
 
-def factor_with_ladder(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
-    """(damped gram, its inverse factor, the damping that worked). Raises NotPositiveDefinite."""
+def factor_with_ladder(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+    """(inverse factor of the damped gram, the damping that worked). Raises NotPositiveDefinite."""
     for step in DAMP_LADDER:
-        matrix = damped(gram, damp * step)
         try:
-            factor = inverse_factor(matrix)
+            factor = inverse_factor(damped(gram, damp * step))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(torch.isfinite(factor).all()):
-            return matrix, factor, damp * step
+            return factor, damp * step
     raise NotPositiveDefinite
 
 
@@ -133,36 +132,3 @@ def _settled(
         # The first row has been settled by the caller; the others still miss this block's earlier errors.
         members[1:].addmm_(factor[start : start + done, row + 1 : end].t(), errors[:done], alpha=-1.0)
     return members
-
-
-def descend(weight_t: Tensor, gram: Tensor, codes: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
-    """One sweep of coordinate descent over the codes: each channel takes the code that is best given all the others.
-
-    Minimises tr((W - Q) gram (W - Q)^T) exactly along one channel at a time, so that the error never rises
-    (arXiv 2309.01885, section 3). All arguments in one common channel order:
-    weight_t float32 [in, out], gram float32 [in, in] (damped), codes uint8 [in, out], group_of int64 [in].
-    Returns new codes uint8 [in, out].
-    """
-    channels = weight_t.shape[0]
-    result = codes.clone()
-    scales, zeros, max_code = grid.scales, grid.zeros, grid.max_code
-    levels = codes.to(torch.float32).sub_(zeros[group_of]).mul_(scales[group_of])
-    pull = gram @ (weight_t - levels)
-    diagonal = gram.diagonal().tolist()
-    groups = group_of.tolist()
-    for start in range(0, channels, BLOCK):
-        stop = min(start + BLOCK, channels)
-        inner = gram[start:stop, start:stop].contiguous()
-        steps = torch.empty((stop - start, weight_t.shape[1]), device=weight_t.device)
-        for i in range(stop - start):
-            row = start + i
-            current = pull[row]
-            if i:
-                current.addmv_(steps[:i].t(), inner[i, :i], alpha=-1.0)
-            scale, zero = scales[groups[row]], zeros[groups[row]]
-            code = quantize_to_codes(torch.add(levels[row], current, alpha=1.0 / diagonal[row]), scale, zero, max_code)
-            result[row] = code
-            torch.sub(code.sub_(zero).mul_(scale), levels[row], out=steps[i])
-        if stop < channels:  # rows before `stop` are not read again in this sweep
-            pull[stop:].addmm_(gram[stop:, start:stop], steps, alpha=-1.0)
-    return result

@@ -186,7 +186,7 @@ class _Run:
             assemble.remove_working_files(directory)
         output = Checkpoint.open(directory)
         reports = [report for record in ledger.layers for report in record["modules"]]
-        changed = _names_awq_changes(model, output) if prepared.recipe.awq_scaling else set()
+        changed = _names_that_may_change(model, output, prepared.recipe)
         verified = audit.audit(
             output,
             self.checkpoint,
@@ -323,9 +323,12 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _names_awq_changes(model: Any, output: Checkpoint) -> set[str]:
-    """The 16-bit tensors of the decoder layers, where AWQ folds scales into norms and biases."""
-    return {name for name in output.tensors if name.startswith(f"{model.map.prefix}layers.")}
+def _names_that_may_change(model: Any, output: Checkpoint, recipe: Recipe) -> set[str]:
+    """16-bit tensors that may differ from the source: what AWQ scales, what bias correction shifts."""
+    within = {name for name in output.tensors if name.startswith(f"{model.map.prefix}layers.")}
+    if recipe.awq_scaling:
+        return within
+    return {name for name in within if name.endswith(".bias")} if recipe.bias_correction else set()
 
 
 def tool_versions() -> dict[str, str]:

@@ -17,10 +17,11 @@ class Recipe:
         GPTQ still works in activation order, but groups stay where they are and every kernel can run the result.
     act_order: process channels by falling activation (arXiv 2210.17323's reference code, "act-order").
     scale_search: "mse" searches clipped ranges, "minmax" spans each group exactly.
-    sweeps: coordinate-descent sweeps after GPTQ. refit: least-squares scales for the final codes before each sweep.
     asymmetric_calibration: 0..1, how far the target moves from W x to W x_original (0 = plain GPTQ), after
         arXiv 2504.02692.
     awq_scaling: fold a per-channel scale into the tensor in front (arXiv 2306.00978).
+    bias_correction: shift the biases a model has by the mean error of their linear's outputs (arXiv 1906.04721,
+        section 4.2); linears without a bias stay without.
     damp: fraction of the Gram matrix's mean diagonal added to its diagonal.
     min_zero: smallest zero point the target format can store (GPTQ v1 stores zero - 1, so 1 there).
     """
@@ -32,8 +33,6 @@ class Recipe:
     desc_act: bool = False
     act_order: bool = True
     scale_search: Literal["mse", "minmax"] = "mse"
-    sweeps: int = 0
-    refit: bool = False
     asymmetric_calibration: float = 0.0
     awq_scaling: bool = False
     bias_correction: bool = False

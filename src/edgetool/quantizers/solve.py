@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgetool.quantizers import gptq
-from edgetool.quantizers.grid import Grid, find_grid, fp16_scale, quantize_to_codes
+from edgetool.quantizers.grid import Grid, find_grid, quantize_to_codes
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.statistics import InputStatistics
 
@@ -76,7 +76,7 @@ def solve_gptq(weight: Tensor, recipe: Recipe, statistics: InputStatistics) -> S
     else:
         order = torch.arange(channels, device=weight.device)
     try:
-        gram, factor, damp = gptq.factor_with_ladder(statistics.gram[order][:, order], recipe.damp)
+        factor, damp = gptq.factor_with_ladder(statistics.gram[order][:, order], recipe.damp)
     except gptq.NotPositiveDefinite:
         return solve_rtn(weight, recipe, statistics)
 
@@ -100,10 +100,6 @@ def solve_gptq(weight: Tensor, recipe: Recipe, statistics: InputStatistics) -> S
         rounded = gptq.round_channels(ordered, factor, group_of.tolist(), grid, recipe.groups(channels))
     del factor
     codes, grid = rounded.codes, rounded.grid
-    for _ in range(recipe.sweeps):
-        if recipe.refit:
-            grid = refit_scales(ordered, gram, codes, grid, group_of)
-        codes = gptq.descend(ordered, gram, codes, grid, group_of)
     back = torch.argsort(order)
     codes, group_of = codes[back].contiguous(), group_of[back]
     trivial = not recipe.desc_act or bool((group_of == trivial_groups(channels, recipe, weight.device)).all())
@@ -122,30 +118,6 @@ def shifted_target(weight_t: Tensor, cross: Tensor, factor: Tensor, order: Tenso
     correction = torch.empty_like(weight_t)
     correction[order] = factor.t() @ (factor @ moved)
     return weight_t + strength * correction
-
-
-def refit_scales(weight_t: Tensor, gram: Tensor, codes: Tensor, grid: Grid, group_of: Tensor) -> Grid:
-    """Scales that minimise tr((W - Q) gram (W - Q)^T) for the codes as they are, jointly over a row's groups.
-
-    One linear system of n_groups unknowns for each output row. All arguments in one channel order, as in `descend`.
-    """
-    n_groups, out_features = grid.scales.shape
-    levels = codes.to(torch.float32).sub_(grid.zeros[group_of])  # [in, out]
-    right = levels * (gram @ weight_t)
-    indicator = torch.nn.functional.one_hot(group_of, n_groups).to(torch.float32)  # [in, G]
-    b = indicator.t() @ right  # [G, out]
-    a = torch.empty((out_features, n_groups, n_groups), device=weight_t.device)
-    for group in range(n_groups):
-        members = (group_of == group).nonzero().squeeze(1)
-        product = gram[:, members] @ levels[members]  # [in, out]
-        a[:, :, group] = (indicator.t() @ product.mul_(levels)).t()
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    ridge = 1e-4 * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
-    a.diagonal(dim1=1, dim2=2).add_(ridge)
-    right_side = b.t() + ridge * grid.scales.t()
-    scales = torch.linalg.solve(a, right_side.unsqueeze(-1)).squeeze(-1).t().contiguous()
-    keep = (scales * grid.scales > 0) & torch.isfinite(scales)
-    return Grid(fp16_scale(torch.where(keep, scales, grid.scales)), grid.zeros, grid.bits)
 
 
 def static_grid(weight_t: Tensor, recipe: Recipe, importance: Tensor | None) -> Grid:

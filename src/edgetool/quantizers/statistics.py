@@ -18,10 +18,12 @@ class InputStatistics:
     """Second moments of a stage's inputs x (as the quantised model sees them) over all calibration tokens.
 
     gram: float32 [in, in], mean of x x^T.
+    mean: float32 [in], mean of x.
     cross: float32 [in, in], mean of (x_original - x) x^T, or None when the original's inputs are not followed.
     """
 
     gram: Tensor
+    mean: Tensor
     cross: Tensor | None = None
 
 
@@ -30,6 +32,7 @@ class Moments:
 
     def __init__(self, width: int, device: torch.device, *, follow_original: bool) -> None:
         self._gram = torch.zeros((width, width), device=device)
+        self._sum = torch.zeros(width, device=device)
         self._cross = torch.zeros_like(self._gram) if follow_original else None
         self._tokens = 0
 
@@ -42,6 +45,7 @@ class Moments:
                 self._gram[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
             if self._cross is not None and original is not None:
                 self._cross.addmm_((original - x).t(), x)
+        self._sum += x.sum(0)
         self._tokens += x.shape[0]
 
     def finite(self) -> bool:
@@ -54,7 +58,8 @@ class Moments:
         diagonal = upper.diagonal().clone()
         gram = upper.add_(upper.t().clone())
         gram.diagonal().copy_(diagonal)
-        return InputStatistics(gram, None if self._cross is None else self._cross.div_(self._tokens))
+        cross = None if self._cross is None else self._cross.div_(self._tokens)
+        return InputStatistics(gram, self._sum / self._tokens, cross)
 
 
 @contextmanager
