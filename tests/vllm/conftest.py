@@ -59,7 +59,7 @@ def quantized(request: pytest.FixtureRequest, vllm_python: Path, tmp_path_factor
     output = tmp_path_factory.mktemp("checkpoints") / request.param
     command = [
         sys.executable, "-m", "edgetool", "quantize", MODEL, "-o", str(output), "--bits", "4", "--group-size", "64",
-        "--calib-samples", "16", "--calib-seqlen", "256", "--json", *RECIPES[request.param],
+        "--calib-samples", "8", "--calib-seqlen", "256", "--json", *RECIPES[request.param],
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "EDGETOOL_VLLM_PYTHON"}
     environment.pop("EDGETOOL_TEST_MODEL", None)
