@@ -11,8 +11,8 @@ from torch import Tensor
 
 from edgetool.models.streamed import StreamedModel
 
-KEEP_BYTES = 256 * 2**20
-"""Layers stay in memory between tokens when all of them together are at most this large."""
+KEEP_BYTES = 512 * 2**20
+"""Layers stay in memory between tokens when all of them together are at most this large (in the compute dtype)."""
 
 Choose = Callable[[Tensor], Tensor]
 
@@ -23,16 +23,23 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def generate(
-    model: StreamedModel, prompts: Tensor, new_tokens: int, choose: Choose = greedy, *, stop: int | None = None
+    model: StreamedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    choose: Choose = greedy,
+    *,
+    stop: int | None = None,
+    keep_bytes: int = KEEP_BYTES,
 ) -> Tensor:
     """Tokens int64 [rows, <= new_tokens] that follow prompts int64 [rows, length].
 
-    With one row, generation ends at token `stop`. Layers that do not fit in KEEP_BYTES are read again for every token.
+    With one row, generation ends at token `stop`. Layers that do not fit in `keep_bytes` together are read again for
+    every token: slower, with the memory of one.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.skeleton.config)
-    kept = _layers_to_keep(model)
+    kept = _layers_to_keep(model, keep_bytes)
     head = list(model.output_chunks()) if kept else None
     made: list[Tensor] = []
     ids = prompts
@@ -70,9 +77,9 @@ def degenerate(tokens: list[int]) -> str | None:
     return None
 
 
-def _layers_to_keep(model: StreamedModel) -> list[Any]:
+def _layers_to_keep(model: StreamedModel, keep_bytes: int) -> list[Any]:
     size = sum(parameter.numel() for parameter in model.skeleton.layers.parameters())
-    if size * torch.empty(0, dtype=model.compute_dtype).element_size() > KEEP_BYTES:
+    if size * torch.empty(0, dtype=model.compute_dtype).element_size() > keep_bytes:
         return []
     return [model.layer(index) for index in range(model.map.n_layers)]
 

@@ -23,7 +23,7 @@ from edgetool.models.architectures import STAGES, VISION_FAMILIES, LayerMap, map
 if TYPE_CHECKING:
     from edgetool.checkpoints.detect import QuantizationFound
 
-VOCAB_CHUNK = 16384
+VOCAB_CHUNK = 4096
 """Rows of the output matrix held at once."""
 
 

@@ -20,7 +20,9 @@ from edgetool.progress import Progress
 from edgetool.quantizers.storage import storage_chunks
 
 QUESTION = "What is the capital of France?"
-SMOKE_TOKENS = 24
+SMOKE_TOKENS = 16
+SMOKE_KEEP_BYTES = 0
+"""The check must not need more memory than the run before it did."""
 
 
 def audit(
@@ -99,17 +101,20 @@ def smoke(output: StreamedModel, source: StreamedModel, progress: Progress) -> d
     tokenizer = load_tokenizer(output.checkpoint)
     prompt = generation.chat_prompt(tokenizer, QUESTION)
     progress.note("trying the result: a short generation")
-    tokens = generation.generate(output, prompt, SMOKE_TOKENS, stop=tokenizer.eos_token_id)[0].tolist()
+    tokens = _answer(output, prompt, tokenizer.eos_token_id)
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     reason = generation.degenerate(tokens)
-    if reason is not None:
-        reference = generation.generate(source, prompt, SMOKE_TOKENS, stop=tokenizer.eos_token_id)[0].tolist()
-        if generation.degenerate(reference) is None:
-            raise VerificationFailed(
-                f"the quantised model does not generate language: {reason} (the original does): {text!r}",
-                "use more bits, a smaller --group-size, or more calibration samples",
-            )
+    if reason is not None and generation.degenerate(_answer(source, prompt, tokenizer.eos_token_id)) is None:
+        raise VerificationFailed(
+            f"the quantised model does not generate language: {reason} (the original does): {text!r}",
+            "use more bits, a smaller --group-size, or more calibration samples",
+        )
     return {"prompt": QUESTION, "text": text, "degenerate": reason}
+
+
+def _answer(model: StreamedModel, prompt: torch.Tensor, stop: int | None) -> list[int]:
+    made = generation.generate(model, prompt, SMOKE_TOKENS, stop=stop, keep_bytes=SMOKE_KEEP_BYTES)
+    return [int(token) for token in made[0]]
 
 
 def memory_peak_bytes() -> int:

@@ -7,6 +7,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,12 @@ def calibration_from(
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) >= enough:
             break
-    windows = len(ids) // seqlen
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    cut = _windows(tokens, seqlen)
+    for part in (2, 4):  # our own text is short: rather than refuse, let windows overlap
+        if source == "builtin" and len(cut) < samples:
+            cut = torch.cat([_windows(tokens[shift:], seqlen) for shift in range(0, seqlen, seqlen // part)])
+    windows = len(cut)
     if windows < samples:
         raise BadInput(
             f"calibration text {source} gives {len(ids)} tokens: {samples} samples of {seqlen} need {samples * seqlen}",
@@ -56,7 +63,13 @@ def calibration_from(
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(windows, generator=generator)[:samples]
-    return from_tokens(torch.tensor(ids[: windows * seqlen], dtype=torch.int64).view(windows, seqlen)[chosen], source)
+    return from_tokens(cut[chosen], source)
+
+
+def _windows(tokens: Tensor, seqlen: int) -> Tensor:
+    """int64 [len(tokens) // seqlen, seqlen]: windows that do not overlap."""
+    count = len(tokens) // seqlen
+    return tokens[: count * seqlen].view(count, seqlen)
 
 
 def from_tokens(token_ids: Tensor, source: str) -> Calibration:
@@ -76,10 +89,35 @@ def texts_of(source: str, column: str | None, *, offline: bool) -> Iterator[str]
 
 
 def builtin_texts() -> Iterator[str]:
-    """Text that every installation has: Python's language reference and the documentation of its standard library."""
+    """Text that every installation has: plays, word problems, and Python's own language reference, in turn.
+
+    Several kinds, because a Gram matrix of one kind of text fits other kinds badly (docs/benchmarks.md).
+    """
     import pydoc_data.topics
 
-    yield from pydoc_data.topics.topics.values()
+    kinds = (
+        _cut(_packaged("plays.txt"), 3000),
+        _cut(_packaged("word_problems.txt"), 2500),
+        (topic[:3000] for topic in pydoc_data.topics.topics.values()),
+    )
+    for pieces in zip_longest(*kinds):
+        yield from (piece for piece in pieces if piece)
+
+
+def _packaged(name: str) -> str:
+    return files("edgetool.data").joinpath(name).read_text(encoding="utf-8")
+
+
+def _cut(text: str, characters: int) -> Iterator[str]:
+    """Paragraphs joined to pieces of about this length."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+        if len(piece) >= characters:
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
 
 
 def _file_texts(path: Path, column: str | None) -> Iterator[str]:

@@ -38,7 +38,7 @@ class Moments:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Count x, float32 [tokens, width], and the original model's inputs of the same tokens."""
-        with _through_onednn():
+        with through_onednn():
             width = x.shape[1]
             for start in range(0, width, GRAM_BLOCK):
                 stop = min(start + GRAM_BLOCK, width)
@@ -63,7 +63,7 @@ class Moments:
 
 
 @contextmanager
-def _through_onednn() -> Iterator[None]:
+def through_onednn() -> Iterator[None]:
     """Let oneDNN multiply float32 matrices on a CPU, by way of bf16 where it has instructions for it.
 
     Products are summed in float32 either way, and the model's own products round these inputs to bf16 too.
