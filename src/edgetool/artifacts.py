@@ -26,6 +26,7 @@ MANIFEST_NAME = "edgetool.json"
 
 _HASH_CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_TOO_LARGE = {errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
@@ -43,7 +44,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn what an operating system says about a full or closed disk into an error a user can act on.
 
     Raises:
-        ResourceUnavailable: the disk (or the quota) that holds `path` is full.
+        ResourceUnavailable: the disk (or the quota) that holds `path` is full, or a file is larger than it may be.
         BadInput: `path` may not be written.
     """
     try:
@@ -53,6 +54,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ResourceUnavailable(
                 f"disk full while writing {path} ({_free_bytes(path):,} bytes free)",
                 "free some space, then run the same command again with --resume",
+            ) from error
+        if error.errno in _TOO_LARGE:
+            raise ResourceUnavailable(
+                f"a file in {path} is larger than the file system or `ulimit -f` allows",
+                "raise the limit and add --resume, or use a smaller --max-shard-size",
             ) from error
         if error.errno in _REFUSED:
             raise BadInput(
@@ -118,10 +124,12 @@ class OutputDirectory:
         Raises:
             BadInput: the output exists and may not be replaced, an unfinished one is in the way, or the place
                 cannot be written.
+            ResourceUnavailable: the unfinished one in the way is another process's, which is still running.
         """
         if self.output.is_symlink() or self.output.exists():
             self._check_replaceable()
         if self.partial.exists() and not (self.resume or self.overwrite):
+            self._refuse_beside_another_run()
             raise BadInput(
                 f"an unfinished run is in the way: {self.partial}",
                 "add --resume to go on with it, or --overwrite to start again",
@@ -211,18 +219,34 @@ class OutputDirectory:
     def _lock_path(self) -> Path:
         return self.output.with_name(f".{self.output.name}.lock")
 
+    def _refuse_beside_another_run(self) -> None:
+        """Raise ResourceUnavailable while another process holds the lock; takes and leaves nothing."""
+        if self._lock_fd is not None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._taken(descriptor) from None
+            finally:
+                os.close(descriptor)
+
+    def _taken(self, descriptor: int) -> ResourceUnavailable:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+        return ResourceUnavailable(
+            f"another run (process {holder}) is writing {self.output}", "wait for it, or choose another --output"
+        )
+
     def _lock(self) -> None:
         while True:
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+                taken = self._taken(descriptor)
                 os.close(descriptor)
-                raise ResourceUnavailable(
-                    f"another run (process {holder}) is writing {self.output}",
-                    "wait for it, or choose another --output",
-                ) from None
+                raise taken from None
             # The holder removes the file as it leaves: a lock on a file that has lost its name guards nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
