@@ -101,8 +101,10 @@ def _output(arguments: tuple[str, ...]) -> console.Output:
 
 
 def _again(arguments: tuple[str, ...]) -> str:
-    kept = [argument for argument in arguments if argument not in {"--resume", "--overwrite"}]
-    return shlex.join(["edgetool", *kept, "--resume"])
+    # --overwrite stays: beside --resume it no longer starts again, but an old output is still to be replaced
+    kept = [argument for argument in arguments if argument != "--resume"]
+    end = kept.index("--") if "--" in kept else len(kept)
+    return shlex.join(["edgetool", *kept[:end], "--resume", *kept[end:]])
 
 
 @contextlib.contextmanager

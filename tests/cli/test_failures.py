@@ -61,7 +61,13 @@ def test_a_real_process_exits_with_the_code_and_one_document(shell: Callable[...
 
 def test_a_stopped_run_names_the_command_that_goes_on(edgetool: Callable[..., Any]) -> None:
     result = edgetool("quantize", "my model", "-o", "out", "--overwrite", job="Stopped")
-    assert "hint: edgetool quantize 'my model' -o out --resume\n" in result.stderr
+    # without --overwrite the second run would be refused, since the old output is still there
+    assert "hint: edgetool quantize 'my model' -o out --overwrite --resume\n" in result.stderr
+
+
+def test_the_command_that_goes_on_keeps_what_follows_two_dashes(edgetool: Callable[..., Any]) -> None:
+    result = edgetool("quantize", "-o", "out", "--", "-model", job="Stopped")
+    assert "hint: edgetool quantize -o out --resume -- -model\n" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback_and_exits_1(shell: Callable[..., Any]) -> None:
