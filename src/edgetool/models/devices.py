@@ -64,8 +64,9 @@ def out_of_memory_named(what: str) -> Iterator[None]:
             f"the GPU ran out of memory while {what}: {str(error).splitlines()[0]}",
             hint="free the GPU, lower --calib-samples or --calib-seqlen, or use --device cpu",
         ) from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        words = ("not enough memory", "can't allocate memory")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         raise ResourceUnavailable(
             f"out of memory while {what}", hint="lower --calib-samples or --calib-seqlen"

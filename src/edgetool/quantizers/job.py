@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgetool import __version__
 from edgetool.artifacts import MANIFEST_NAME, OutputDirectory, atomic_write, disk_errors, write_manifest
 from edgetool.checkpoints.checkpoint import Checkpoint, read_json_object
-from edgetool.checkpoints.config_claims import claimed_quantization
-from edgetool.checkpoints.detect import detect
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.sources import ResolvedSource, resolve
 from edgetool.config import CommonConfig, QuantizeConfig
-from edgetool.errors import BadInput, MissingDependency, Stopped
+from edgetool.errors import Stopped
 from edgetool.models.architectures import map_layers
 from edgetool.progress import Progress
+from edgetool.quantizers.guards import (
+    input_hashes,
+    need_torch,
+    nothing_worthless_kept,
+    refuse_other_run,
+    refuse_overlap,
+    refuse_quantized,
+    stop_requests,
+)
 from edgetool.quantizers.recipe import Recipe
 
 SCHEMA = "edgetool.quantize/1"
@@ -58,7 +62,11 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
     Raises any EdgetoolError; nothing appears at the output's place unless everything was written and verified.
     """
     started = time.monotonic()
-    _need_torch()
+    need_torch()
+    from edgetool.models.devices import out_of_memory_named
+
+    out = OutputDirectory(config.output, config.overwrite, config.resume)
+    out.check()  # before a model is fetched for nothing
     source = resolve(
         config.model,
         cache_dir=common.cache_dir,
@@ -68,18 +76,18 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
         progress=progress,
     )
     checkpoint = Checkpoint.open(source.path)
-    _refuse_quantized(checkpoint)
-    out = OutputDirectory(config.output, config.overwrite, config.resume)
-    out.check()
+    refuse_overlap(out, [source.path, Path(config.model)])
+    refuse_quantized(checkpoint)
     prepared = _Prepared.of(config, checkpoint)
     if config.dry_run:
         return {"plan": prepared.plan}
-    with out:
+    with out, nothing_worthless_kept(out, out.partial / LEDGER_NAME):
         finished = out.partial / MANIFEST_NAME
         if finished.is_file():  # killed between the last write and the renaming
             manifest = read_json_object(finished)
+            refuse_other_run(out.partial, manifest, config, checkpoint)
         else:
-            with _stop_requests() as stop:
+            with stop_requests() as stop, out_of_memory_named("quantising"):
                 manifest = _Run(config, common, source, checkpoint, prepared, out, stop, progress, started).manifest()
             with disk_errors(out.partial):
                 write_manifest(out.partial, manifest)
@@ -99,11 +107,13 @@ class _Prepared:
     spec: Spec
     dtype: str
     device: Any
+    tokenizer: Any
     plan: dict[str, Any]
 
     @classmethod
     def of(cls, config: QuantizeConfig, checkpoint: Checkpoint) -> _Prepared:
         from edgetool.models.devices import resolve_device
+        from edgetool.models.streamed import load_tokenizer
         from edgetool.quantizers.plan import free_gpu_bytes, make_plan
         from edgetool.quantizers.storage import model_dtype
 
@@ -113,7 +123,8 @@ class _Prepared:
         dtype = model_dtype(checkpoint.config, checkpoint.tensors)
         device = resolve_device(config.device)
         plan = make_plan(config, checkpoint, layers, recipe, spec, dtype, str(device), free_gpu_bytes(device))
-        return cls(recipe, spec, dtype, device, plan)
+        # Every method ends by trying the result, so a model without a tokenizer must not get as far as that.
+        return cls(recipe, spec, dtype, device, load_tokenizer(checkpoint), plan)
 
 
 class _Run:
@@ -148,21 +159,27 @@ class _Run:
         torch.manual_seed(config.seed)
         compute_dtype = fast_dtype(prepared.device)
         model = StreamedModel(self.checkpoint, prepared.device, compute_dtype)
-        calibration = self._calibration(model)
         self.progress.note("hashing the source")
-        hashes = self.checkpoint.sha256()
+        hashes = input_hashes(self.checkpoint)
         identity = {
             "source": hashes,
             "recipe": prepared.recipe.to_dict(),
             "format": config.format,
             "quantize_lm_head": config.quantize_lm_head,
-            "calibration": None if calibration is None else calibration.sha256,
+            "calibration": None if prepared.recipe.method == "rtn" else self._calibration_asked(),
             "compute": [prepared.device.type, str(compute_dtype), torch.get_num_threads(), torch.__version__],
             "max_shard_size_bytes": config.max_shard_size_bytes,
             "edgetool": __version__,
         }
         with disk_errors(directory):
             ledger = Ledger.open(directory / LEDGER_NAME, identity)
+        try:
+            calibration = self._calibration(model)
+        except engine.Abandoned:
+            raise Stopped("stopped on request before the first layer") from None
+        with disk_errors(directory):
+            if calibration is not None:
+                ledger.settle("calibration_sha256", calibration.sha256)
             job = engine.Job(
                 model=model,
                 recipe=prepared.recipe,
@@ -181,9 +198,11 @@ class _Run:
                     raise Stopped(
                         f"stopped on request after {len(ledger.layers)} of {model.map.n_layers} layers, all kept"
                     ) from None
+                self._heed_stop("all layers are quantised and kept")
                 assemble.assemble(job, config.max_shard_size_bytes, self.progress)
                 ledger.append({"assembled": True})
             assemble.remove_working_files(directory)
+        self._heed_stop("everything is written and kept, and not yet verified")
         output = Checkpoint.open(directory)
         reports = [report for record in ledger.layers for report in record["modules"]]
         changed = _names_that_may_change(model, output, prepared.recipe)
@@ -200,28 +219,37 @@ class _Run:
         smoke = audit.smoke(StreamedModel(output, prepared.device, compute_dtype), model, self.progress)
         return self._document(model, output, calibration, hashes, reports, verified, smoke)
 
+    def _heed_stop(self, so_far: str) -> None:
+        if self.stop.is_set():
+            raise Stopped(f"stopped on request: {so_far}")
+
+    def _calibration_asked(self) -> dict[str, Any]:
+        keys = ("calib", "calib_column", "calib_samples", "calib_seqlen", "seed")
+        return {key: getattr(self.config, key) for key in keys}
+
     def _calibration(self, model: Any) -> Any:
         """Calibration windows, kept beside the ledger so that resuming does not draw them again."""
         import torch
 
-        from edgetool.models.streamed import load_tokenizer
         from edgetool.quantizers import calibration as c
 
         config = self.config
         if self.prepared.recipe.method == "rtn":
             return None
         kept = self.out.partial / _TOKENS_NAME
-        asked = [config.calib, config.calib_column, config.calib_samples, config.calib_seqlen, config.seed]
+        asked = self._calibration_asked()
         if kept.is_file():
             document = read_json_object(kept)
             if document.get("asked") == asked:
                 return c.from_tokens(torch.tensor(document["token_ids"], dtype=torch.int64), config.calib)
-        tokenizer = load_tokenizer(self.checkpoint)
+        tokenizer = self.prepared.tokenizer
         sizes = {"samples": config.calib_samples, "seqlen": config.calib_seqlen, "seed": config.seed}
         if config.calib == "self":
             from edgetool.quantizers.self_calibration import sample_from_model
 
-            found = sample_from_model(model, tokenizer, progress=self.progress, **sizes)
+            found = sample_from_model(
+                model, tokenizer, progress=self.progress, stop_requested=self.stop.is_set, **sizes
+            )
         else:
             texts = c.texts_of(config.calib, config.calib_column, offline=self.common.offline)
             found = c.calibration_from(texts, tokenizer, source=config.calib, **sizes)
@@ -298,31 +326,6 @@ class _Run:
         }
 
 
-def _need_torch() -> None:
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(
-            f"quantising needs {error.name or 'torch'}, which is not installed", "pip install 'edgetool[quant]'"
-        ) from error
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)
-    if found is not None:
-        raise BadInput(
-            f"{checkpoint.directory} is quantised already: {found.format}, {found.bits} bits, group {found.group_size}",
-            "quantise the original model instead",
-        )
-    claim = claimed_quantization(checkpoint.config)
-    if claim is not None:
-        raise BadInput(
-            f"{checkpoint.directory} is quantised already, says config.json: {claim.get('quant_method', 'unknown')}",
-            "quantise the original model instead",
-        )
-
-
 def _names_that_may_change(model: Any, output: Checkpoint, recipe: Recipe) -> set[str]:
     """16-bit tensors that may differ from the source: what AWQ scales, what bias correction shifts."""
     within = {name for name in output.tensors if name.startswith(f"{model.map.prefix}layers.")}
@@ -342,26 +345,3 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual. Only the main thread can catch signals."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, _: Any) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-        print("stopping after the step at hand; again to stop at once", file=sys.stderr, flush=True)
-
-    try:
-        for number in before:
-            signal.signal(number, ask)
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -35,18 +35,20 @@ class Ledger:
             path.unlink(missing_ok=True)
             ledger._append({"identity": identity})
             return ledger
-        known = lines[0].get("identity", {})
-        for key in identity:
-            if known.get(key) != identity[key]:
-                raise BadInput(
-                    f"the unfinished run in {path.parent} has another {key}: {known.get(key)!r}, now {identity[key]!r}",
-                    "give the same options as before with --resume, or --overwrite to start again",
-                )
+        refuse_difference(path.parent, lines[0].get("identity"), identity)
         ledger.records = lines[1:]
         # Cut a torn line off, so that the next record starts on a line of its own.
         keep = sum(len(json.dumps(line, sort_keys=True).encode()) + 1 for line in lines)
         os.truncate(path, keep)
         return ledger
+
+    def settle(self, key: str, value: Any) -> None:
+        """Record what the run has found out and must find again when it is taken up; BadInput where it does not."""
+        for record in self.records:
+            if key in record:
+                refuse_difference(self.path.parent, {key: record[key]}, {key: value})
+                return
+        self.append({key: value})
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -76,7 +78,37 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict):
+            break
+        lines.append(record)
     return lines
+
+
+def layers_done(path: Path) -> int:
+    """Number of finished layers in the ledger at `path`, 0 where there is none."""
+    return sum("layer" in record for record in _complete_lines(path))
+
+
+def refuse_difference(directory: Path, known: Any, now: dict[str, Any]) -> None:
+    """Raise BadInput if `now` says otherwise than what the unfinished run in `directory` is known to be."""
+    found = _difference("", known, now)
+    if found is not None:
+        name, before, after = found
+        raise BadInput(
+            f"the unfinished run in {directory} has another {name}: {before!r}, now {after!r}",
+            "give the same options as before with --resume, or --overwrite to start again",
+        )
+
+
+def _difference(prefix: str, known: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first thing that differs."""
+    if not isinstance(known, dict) or not isinstance(now, dict):
+        return None if known == now else (prefix, known, now)
+    for key in [*now, *(key for key in known if key not in now)]:
+        found = _difference(f"{prefix}.{key}" if prefix else key, known.get(key), now.get(key))
+        if found is not None:
+            return found
+    return None

@@ -6,6 +6,7 @@ the text has the statistics of what the model has learnt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from edgetool.models.generation import generate
 from edgetool.models.streamed import StreamedModel
 from edgetool.progress import Progress
 from edgetool.quantizers.calibration import Calibration, from_tokens
+from edgetool.quantizers.engine import Abandoned
 
 GREEDY_TOKENS = 4
 """First tokens taken greedily, which keeps a sample from starting as noise (the paper takes 3 to 5)."""
@@ -24,9 +26,19 @@ TEMPERATURE = 1.0
 
 
 def sample_from_model(
-    model: StreamedModel, tokenizer: Any, *, samples: int, seqlen: int, seed: int, progress: Progress
+    model: StreamedModel,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    progress: Progress,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Calibration:
-    """`samples` windows of `seqlen` tokens; the same seed and model give the same tokens on the same device."""
+    """`samples` windows of `seqlen` tokens; the same seed and model give the same tokens on the same device.
+
+    Raises Abandoned when `stop_requested`, which is asked before every token, says so.
+    """
     if seqlen < 2:
         raise BadInput(f"self calibration needs sequences of at least 2 tokens, calib_seqlen is {seqlen}")
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +53,8 @@ def sample_from_model(
 
             def choose(logits: Tensor) -> Tensor:
                 nonlocal position
+                if stop_requested():
+                    raise Abandoned
                 position += 1
                 task.advance(len(logits))
                 logits[:, list(special)] = -torch.inf  # an ended sequence would be followed by another prompt's start
