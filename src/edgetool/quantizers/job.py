@@ -153,6 +153,7 @@ class _Run:
         from edgetool.models.streamed import StreamedModel
         from edgetool.quantizers import assemble, audit, engine
         from edgetool.quantizers.ledger import Ledger
+        from edgetool.quantizers.storage import check_weights
 
         config, prepared, directory = self.config, self.prepared, self.out.partial
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
@@ -173,6 +174,8 @@ class _Run:
         }
         with disk_errors(directory):
             ledger = Ledger.open(directory / LEDGER_NAME, identity)
+        if not ledger.layers:
+            check_weights(self.checkpoint.tensors, prepared.dtype, _quantized_names(model), self.progress)
         try:
             calibration = self._calibration(model)
         except engine.Abandoned:
@@ -324,6 +327,10 @@ class _Run:
             "verified": verified,
             "files": output.sha256(),
         }
+
+
+def _quantized_names(model: Any) -> set[str]:
+    return {f"{name}.weight" for layer in range(model.map.n_layers) for name in model.map.linear_names(layer)}
 
 
 def _names_that_may_change(model: Any, output: Checkpoint, recipe: Recipe) -> set[str]:
