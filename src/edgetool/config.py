@@ -109,7 +109,12 @@ class QuantizeConfig(Section):
     group_size: Annotated[Literal[-1, 32, 64, 128], BeforeValidator(_whole)] = setting(
         128, "weights along in_features that share one scale; -1 = all of them", "-1, 32, 64 or 128"
     )
-    sym: bool = setting(True, "symmetric: the zero point is 2**(bits-1) everywhere", "true or false", option="--sym")
+    sym: bool = setting(
+        lambda so_far: so_far.get("method") != "awq",
+        "symmetric: the zero point is 2**(bits-1) everywhere; default false for awq, else true",
+        "true or false",
+        option="--sym",
+    )
     desc_act: bool = setting(False, "store a true activation order in g_idx (gptq only)", "true or false")
     format: Literal["gptq", "awq", "compressed-tensors"] = setting(
         lambda so_far: "awq" if so_far.get("method") == "awq" and so_far.get("bits") == 4 else "gptq",
@@ -124,7 +129,7 @@ class QuantizeConfig(Section):
     )
     calib_column: str | None = setting(None, "column of the calibration file that holds the text", "a column name")
     calib_samples: Count = setting(128, "calibration sequences", "a number of at least 1")
-    calib_seqlen: Count = setting(2048, "tokens per calibration sequence", "a number of at least 1")
+    calib_seqlen: Count = setting(512, "tokens per calibration sequence", "a number of at least 1")
     seed: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0, lt=2**63)] = setting(
         0, "seed of everything that is drawn at random", "a number of at least 0"
     )
@@ -139,6 +144,11 @@ class QuantizeConfig(Section):
     bias_correction: bool = setting(False, "shift biases by the mean error of their layer", "true or false")
     damp: Annotated[float, BeforeValidator(_only_numbers), Field(gt=0, lt=1)] = setting(
         0.01, "first rung of the damping ladder, as a share of the Hessian's mean diagonal", "between 0 and 1"
+    )
+    shrinkage: Annotated[float, BeforeValidator(_only_numbers), Field(ge=0, le=1)] = setting(
+        0.5,
+        "how much less than measured channels count as correlated (gptq): 0 trusts the calibration text wholly",
+        "from 0 to 1",
     )
     max_shard_size_bytes: Size = setting(
         5 * 10**9, "largest weight file", "a size such as 5GB or 512MiB", option="--max-shard-size"

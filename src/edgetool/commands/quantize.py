@@ -31,7 +31,9 @@ def quantize(
         int | None,
         Option("--group-size", metavar="N", help="Weights per scale: 32, 64, 128, or -1 for all [default: 128]."),
     ] = None,
-    sym: Annotated[bool | None, Option("--sym/--asym", help="Symmetric or with zero points [default: sym].")] = None,
+    sym: Annotated[
+        bool | None, Option("--sym/--asym", help="Symmetric or with zero points [default: asym for awq, else sym].")
+    ] = None,
     desc_act: Annotated[
         bool | None, Option("--desc-act/--no-desc-act", help="Store a true activation order [default: no-desc-act].")
     ] = None,
@@ -51,7 +53,7 @@ def quantize(
         int | None, Option("--calib-samples", metavar="N", help="Sequences [default: 128].")
     ] = None,
     calib_seqlen: Annotated[
-        int | None, Option("--calib-seqlen", metavar="N", help="Tokens per sequence [default: 2048].")
+        int | None, Option("--calib-seqlen", metavar="N", help="Tokens per sequence [default: 512].")
     ] = None,
     seed: Annotated[int | None, Option("--seed", metavar="N", help="Seed of all random draws [default: 0].")] = None,
     scale_search: Annotated[
@@ -73,6 +75,10 @@ def quantize(
     ] = None,
     damp: Annotated[
         float | None, Option("--damp", metavar="X", help="First Hessian damping, 0 to 1 [default: 0.01].")
+    ] = None,
+    shrinkage: Annotated[
+        float | None,
+        Option("--shrinkage", metavar="X", help="How little to trust correlations, 0 to 1 [default: 0.5]."),
     ] = None,
     max_shard_size_bytes: Annotated[
         str | None, Option("--max-shard-size", metavar="SIZE", help="Largest weight file [default: 5GB].")

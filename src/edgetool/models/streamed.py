@@ -119,15 +119,15 @@ class StreamedModel:
         for stage in STAGES:
             for name in stage.linears:
                 parent, _, leaf = name.rpartition(".")
-                setattr(layer.get_submodule(parent), leaf, self.linear(prefix + name) if linears else None)
+                linear = self.linear(prefix + name) if linears else None
+                if linear is not None:
+                    _agree(f"{prefix}{name}.weight", linear.weight, layer.get_submodule(name).weight)
+                setattr(layer.get_submodule(parent), leaf, linear)
         for name, parameter in list(layer.named_parameters()):
             parent, _, leaf = name.rpartition(".")
             # Per-head norms lie between two products: float32 weights would promote one operand of attention.
             stored = self.tensor(prefix + name, self.compute_dtype if name.startswith("self_attn.") else torch.float32)
-            if stored.shape != parameter.shape:
-                raise BadInput(
-                    f"{prefix + name} has shape {list(stored.shape)}, config.json asks for {list(parameter.shape)}"
-                )
+            _agree(prefix + name, stored, parameter)
             setattr(layer.get_submodule(parent), leaf, nn.Parameter(stored, requires_grad=False))
         return layer
 
@@ -193,6 +193,11 @@ class StreamedModel:
         for rows in self.output_rows(VOCAB_CHUNK):
             yield start, rows.to(self.compute_dtype)
             start += rows.shape[0]
+
+
+def _agree(name: str, stored: Tensor, meant: Tensor) -> None:
+    if stored.shape != meant.shape:
+        raise BadInput(f"{name} has shape {list(stored.shape)}, config.json asks for {list(meant.shape)}")
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

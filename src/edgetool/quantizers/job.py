@@ -52,6 +52,7 @@ def recipe_of(config: QuantizeConfig) -> Recipe:
         awq_scaling=scaling and config.method != "rtn",
         bias_correction=config.bias_correction,
         damp=config.damp,
+        shrinkage=config.shrinkage,
         min_zero=1 if config.format == "gptq" and not config.sym else 0,
     )
 

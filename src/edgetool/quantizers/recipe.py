@@ -23,6 +23,7 @@ class Recipe:
     bias_correction: shift the biases a model has by the mean error of their linear's outputs (arXiv 1906.04721,
         section 4.2); linears without a bias stay without.
     damp: fraction of the Gram matrix's mean diagonal added to its diagonal.
+    shrinkage: 0..1, fraction by which correlations between channels are taken back (see gptq.damped).
     min_zero: smallest zero point the target format can store (GPTQ v1 stores zero - 1, so 1 there).
     """
 
@@ -37,6 +38,7 @@ class Recipe:
     awq_scaling: bool = False
     bias_correction: bool = False
     damp: float = 0.01
+    shrinkage: float = 0.5
     min_zero: int = 0
 
     def groups(self, in_features: int) -> int:
