@@ -66,7 +66,7 @@ def solve_rtn(weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
 
 def solve_gptq(weight: Tensor, recipe: Recipe, statistics: InputStatistics) -> Solved:
     """GPTQ on `weight` float32 [out_features, in_features]; falls back to RTN where no damping helps."""
-    weight_t = weight.t().contiguous()
+    weight_t = weight.t().clone(memory_format=torch.contiguous_format)
     channels = weight_t.shape[0]
     activity = statistics.gram.diagonal()
     dead = activity <= 0
