@@ -69,7 +69,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` so that after a crash at any moment `path` holds either its old content or all of `data`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(_temporary_of(path.name, os.getpid()))
     with disk_errors(path):
         try:
             with temporary.open("wb") as stream:
@@ -81,6 +81,10 @@ def atomic_write(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)
+
+
+def _temporary_of(name: str, process: object) -> str:
+    return f".{name}.{process}.tmp"
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -173,6 +177,8 @@ class OutputDirectory:
                 if self.partial.exists() and not self.resume:
                     shutil.rmtree(self.partial)
                 self.partial.mkdir(exist_ok=True)
+                for stale in self.partial.glob(_temporary_of("*", "*")):  # of an atomic_write that was killed
+                    stale.unlink()
             except BaseException:
                 self.close()
                 raise

@@ -118,6 +118,25 @@ def test_resume_without_an_unfinished_run_starts_one(tmp_path: Path) -> None:
         assert entries(out.partial) == []
 
 
+def test_taking_a_run_up_removes_what_a_killed_write_left(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".config.json.123.tmp").write_text("half")
+    (partial / ".hidden").write_text("not ours to remove")
+    with OutputDirectory(tmp_path / "out", resume=True) as out:
+        out.publish()
+    assert entries(tmp_path / "out") == [".hidden"]
+
+
+def test_a_run_beside_one_that_is_under_way_is_told_so_whatever_its_options(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "out"):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ResourceUnavailable, match=str(os.getpid())):
+                OutputDirectory(tmp_path / "out", **options).open()
+    with pytest.raises(BadInput, match="unfinished run"):
+        OutputDirectory(tmp_path / "out").open()
+
+
 def test_check_writes_nothing(tmp_path: Path) -> None:
     OutputDirectory(tmp_path / "deep" / "out").check()
     assert entries(tmp_path) == []
