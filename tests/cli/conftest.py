@@ -1,4 +1,4 @@
-"""The command line in this process and as a real child process, both with the stand-in of tests/fakes/fake_job.py."""
+"""The command line in this process and as a real child: with the stand-in of tests/fakes/fake_job.py, and real."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+
+from tests.fakes.process_server import ProcessServer
 
 FAKE_JOB = Path(__file__).parent.parent / "fakes" / "fake_job.py"
 
@@ -61,3 +63,40 @@ def shell() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny("llama", tied=False)`: a tiny checkpoint, made once a session; to be read only (copy it to damage it)."""
+    from tests.fakes.tiny_models import make_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def model(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in made:
+            made[key] = make_tiny_model(tmp_path_factory.mktemp("models") / family, family, **options)
+        return made[key]
+
+    return model
+
+
+@pytest.fixture
+def quantize() -> Callable[..., Any]:
+    """`edgetool quantize ... --json` for real, in this process, with a small recipe that later options override."""
+    from edgetool.cli import app
+
+    small = ("--group-size", "32", "--calib-samples", "4", "--calib-seqlen", "32", "--threads", "1")
+
+    def invoke(model: Path | str, output: Path, *options: str) -> Any:
+        return CliRunner().invoke(app, ["quantize", str(model), "-o", str(output), *small, *options, "--json"])
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessServer]:
+    """Real processes that stop at exact steps."""
+    server = ProcessServer(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.close()
