@@ -45,7 +45,7 @@ class Row:
     options: tuple[str, ...] = ()
 
 
-PLAIN = ("--scale-search", "minmax", "--no-awq-scaling", "--no-asymmetric-calibration")
+PLAIN = ("--scale-search", "minmax", "--shrinkage", "0", "--no-awq-scaling", "--no-asymmetric-calibration")
 ROWS: dict[str, Row] = {
     "fp32": Row("unquantised", None, None, "none"),
     "edgetool-gptq": Row("edgetool GPTQ (default)", None, "edgetool", "gptq"),

@@ -82,10 +82,13 @@ class Source(Protocol):
     def read(self, name: str) -> Array: ...
 
 
-def detect(tensors: Mapping[str, TensorInfo], read: Read, config: Mapping[str, Any]) -> QuantizationFound | None:
+def detect(
+    tensors: Mapping[str, TensorInfo], read: Read, config: Mapping[str, Any], *, written_as: str | None = None
+) -> QuantizationFound | None:
     """Find the quantisation of a checkpoint, or None when it holds none of the formats of `FORMATS`.
 
-    tensors: name -> header entry. read(name) -> array. config: the content of config.json.
+    tensors: name -> header entry. read(name) -> array. config: the content of config.json. written_as: gptq or gptq_v2
+    where the caller has written the tensors and knows; what the zeros suggest is then no finding.
     Reads every g_idx and weight_shape, and of a few modules the zeros and codes. Raises BadInput, naming the module,
     when a quantised module's tensors are incomplete or their shapes fit no format.
     """
@@ -112,7 +115,7 @@ def detect(tensors: Mapping[str, TensorInfo], read: Read, config: Mapping[str, A
     else:
         same = {module: layout for module, layout in layouts.items() if (layout.kind, layout.bits) == (kind, bits)}
         claimed_v2 = claimed_format(config) == "gptq_v2"
-        sym, name = _from_zeros(kind, bits, same, read, notes, claimed_v2)
+        sym, name = _from_zeros(kind, bits, same, read, notes, claimed_v2, written_as)
     whole = QuantizationFound(
         format=name,
         bits=bits,
@@ -199,7 +202,13 @@ def _group_size(in_features: int, groups: int, g_idx: Array | None) -> int | Non
 
 
 def _from_zeros(
-    kind: str, bits: int, layouts: Mapping[str, ModuleLayout], read: Read, notes: list[str], claimed_v2: bool
+    kind: str,
+    bits: int,
+    layouts: Mapping[str, ModuleLayout],
+    read: Read,
+    notes: list[str],
+    claimed_v2: bool,
+    written_as: str | None,
 ) -> tuple[bool, str]:
     """(symmetric?, format name) of GPTQ or AWQ modules."""
     middle = 1 << (bits - 1)
@@ -214,7 +223,9 @@ def _from_zeros(
         zeros = unpack_rows(read(f"{module}.qzeros"), bits, layouts[module].out_features)
         stored |= set(np.unique(zeros).tolist())
     offset = _mean_offset(bits, layouts, read)
-    sure = min(abs(offset), abs(offset - 1)) < _SURE
+    # In 8 bits the codes' own skew is larger than the step that would tell the versions apart.
+    telling = bits < 8
+    sure = telling and min(abs(offset), abs(offset - 1)) < _SURE
     by_codes = 1 if offset > 0.5 else 2
     if stored in ({middle - 1}, {middle}):
         version, sym = (1 if stored == {middle - 1} else 2), True
@@ -227,10 +238,11 @@ def _from_zeros(
         version, sym = by_codes, False
         if not sure:
             version = 2 if claimed_v2 else 1
-            notes.append(
-                f"codes lie {offset:.2f} above the stored zeros on average, so the tensors do not tell GPTQ version 1"
-                f" (near 1) from 2 (near 0); version {version} as config.json says"
-            )
+            if telling:
+                notes.append(
+                    f"codes lie {offset:.2f} above the stored zeros on average, so the tensors do not tell GPTQ version"
+                    f" 1 (near 1) from 2 (near 0); version {version} as config.json says"
+                )
     if not sym and version == 1 and (1 << bits) - 1 in stored:
         notes.append("some GPTQ version 1 zeros are stored as all ones: readers disagree about them; read as 0 here")
     return sym, "gptq" if version == 1 else "gptq_v2"
