@@ -18,6 +18,7 @@ from edgetool.checkpoints.tensor_file import NUMPY_DTYPES
 from edgetool.config import QuantizeConfig
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.models.architectures import FAMILIES, LINEARS_PER_LAYER, LayerMap
+from edgetool.progress_lines import size as readable
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.storage import stored_dtype_of
 
@@ -131,14 +132,14 @@ def make_plan(
     if needed > available:
         where = "on the GPU" if gpu_free_bytes is not None else "of memory"
         raise ResourceUnavailable(
-            f"quantising needs about {needed / 2**30:.1f} GiB {where}, {available / 2**30:.1f} GiB are free",
+            f"quantising needs about {readable(needed)} {where}, {readable(available)} are free",
             "free some, or use another --device",
         )
     place = existing_parent(config.output)
     free_disk = shutil.disk_usage(place).free
     if costs.disk_bytes > free_disk:
         raise ResourceUnavailable(
-            f"quantising needs about {costs.disk_bytes / 1e9:.1f} GB of disk, {place} has {free_disk / 1e9:.1f} free",
+            f"quantising needs about {readable(costs.disk_bytes)} of disk, {place} has {readable(free_disk)} free",
             "choose an --output on a larger disk",
         )
     text = layers.text_config
