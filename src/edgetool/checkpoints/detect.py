@@ -222,6 +222,8 @@ def _from_zeros(
     for module in sample:
         zeros = unpack_rows(read(f"{module}.qzeros"), bits, layouts[module].out_features)
         stored |= set(np.unique(zeros).tolist())
+    if written_as is not None:
+        return stored == {middle - 1 if written_as == "gptq" else middle}, written_as
     offset = _mean_offset(bits, layouts, read)
     # In 8 bits the codes' own skew is larger than the step that would tell the versions apart.
     telling = bits < 8

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.config_claims import claimed_quantization
 from edgetool.checkpoints.detect import detect, read_linear
 from edgetool.checkpoints.formats import FORMATS, Spec
-from edgetool.errors import VerificationFailed
+from edgetool.errors import BadInput, VerificationFailed
 from edgetool.models import generation
+from edgetool.models.architectures import map_layers
 from edgetool.models.streamed import StreamedModel, load_tokenizer
-from edgetool.progress import Progress
-from edgetool.quantizers.storage import storage_chunks
+from edgetool.progress import Progress, Task
+from edgetool.quantizers.storage import storage_chunks, stored_dtype_of
 
 QUESTION = "What is the capital of France?"
 SMOKE_TOKENS = 16
@@ -42,47 +42,81 @@ def audit(
     changed: names of 16-bit tensors that AWQ folded a scale into; all others must equal the source's.
     Returns counts for the manifest. Raises VerificationFailed naming the first tensor that is wrong.
     """
-    found = detect(output.tensors, output.read, output.config)
+    try:
+        with progress.task("verify", len(output.tensors), "tensor") as task:
+            checked = _check_modules(output, spec, format_name, expected_crc32, task)
+            _check_others(output, source, checked, expected_crc32, changed, dtype, task)
+    except BadInput as error:  # the readers blame their input, which here is what has just been written
+        raise VerificationFailed(f"the output is damaged: {error.message}") from error
+    return {
+        "tensors": len(output.tensors),
+        "quantized_modules": len(expected_crc32),
+        "values": "crc32 of every module",
+    }
+
+
+def _check_modules(
+    output: Checkpoint, spec: Spec, format_name: str, expected_crc32: Mapping[str, int], task: Task
+) -> set[str]:
+    """Compare the quantised modules and what config.json says of them; returns the names of their tensors."""
+    written_as = format_name if format_name.startswith("gptq") else None
+    found = detect(output.tensors, output.read, output.config, written_as=written_as)
     if found is None or claimed_quantization(output.config) is None:
         raise VerificationFailed("the output is not recognised as a quantised checkpoint")
-    seen = (found.format, found.bits, found.sym or not spec.sym, sorted(found.modules))
-    meant = (format_name, spec.bits, True, sorted(expected_crc32))
+    for module in sorted(set(found.modules) ^ set(expected_crc32)):
+        wrong = "should not be quantised" if module in found.modules else "is not quantised in the output"
+        raise VerificationFailed(f"{module} {wrong}")
+    seen, meant = (found.format, found.bits, found.sym or not spec.sym), (format_name, spec.bits, True)
     if seen != meant or found.disagreements:
-        detail = (
-            "; ".join(found.disagreements) or f"found {seen[:3]} in {len(found.modules)} modules, meant {meant[:3]}"
-        )
+        detail = "; ".join(found.disagreements) or f"found {seen}, meant {meant}"
         raise VerificationFailed(f"the output's tensors and its config.json disagree: {detail}")
     checked: set[str] = set()
-    with progress.task("verify", len(output.tensors), "tensor") as task:
-        for module, crc in expected_crc32.items():
-            linear = read_linear(output, module, found)
-            layout = FORMATS[format_name].layout(linear.out_features, linear.in_features, spec)
-            for suffix, (kind, shape) in layout.items():
-                name = f"{module}.{suffix}"
-                info = output.tensors.get(name)
-                if info is None or (info.dtype, info.shape) != (kind, shape):
-                    raise VerificationFailed(f"{name} is {info and (info.dtype, info.shape)}, meant {(kind, shape)}")
-                checked.add(name)
-            if zlib.crc32(linear.dequantize().data) != crc:
-                raise VerificationFailed(f"{module}: the values read back are not those that were written")
-            task.advance(len(layout))
-        for name, info in output.tensors.items():
-            if name in checked:
-                continue
-            if any(name.startswith(f"{module}.") and not name.endswith(".bias") for module in expected_crc32):
-                raise VerificationFailed(f"{name} should not be in the output")
-            if name not in source.tensors:
-                raise VerificationFailed(f"{name} is not a tensor of the source")
-            original = source.tensors[name]
-            if math.prod(info.shape) != math.prod(original.shape):
-                raise VerificationFailed(f"{name} has shape {list(info.shape)}, the source's {list(original.shape)}")
-            # Reading through storage_chunks checks for NaN and infinity on the way.
-            written = _crc(storage_chunks(info, dtype))
-            if name not in changed and written != _crc(storage_chunks(original, dtype)):
-                raise VerificationFailed(f"{name} is not the source's tensor")
+    for module, crc in expected_crc32.items():
+        linear = read_linear(output, module, found)
+        layout = FORMATS[format_name].layout(linear.out_features, linear.in_features, spec)
+        for suffix, (kind, shape) in layout.items():
+            name = f"{module}.{suffix}"
+            info = output.tensors.get(name)
+            if info is None or (info.dtype, info.shape) != (kind, shape):
+                raise VerificationFailed(f"{name} is {info and (info.dtype, info.shape)}, meant {(kind, shape)}")
             checked.add(name)
-            task.advance()
-    return {"tensors": len(checked), "quantized_modules": len(expected_crc32), "values": "crc32 of every module"}
+        if zlib.crc32(linear.dequantize().data) != crc:
+            raise VerificationFailed(f"{module}: the values read back are not those that were written")
+        task.advance(len(layout))
+    return checked
+
+
+def _check_others(
+    output: Checkpoint,
+    source: Checkpoint,
+    checked: set[str],
+    modules: Collection[str],
+    changed: set[str],
+    dtype: str,
+    task: Task,
+) -> None:
+    """Compare every tensor that is not quantised with the source's, both ways."""
+    replaced = {f"{module}.weight" for module in modules}
+    for name, info in output.tensors.items():
+        if name in checked:
+            continue
+        if name not in source.tensors or name in replaced:
+            raise VerificationFailed(f"{name} should not be in the output")
+        original = source.tensors[name]
+        kinds = {stored_dtype_of(original.dtype, dtype)} | ({dtype} if name in changed else set())
+        if info.shape != original.shape or info.dtype not in kinds:
+            meant = f"{' or '.join(sorted(kinds))} {list(original.shape)}"
+            raise VerificationFailed(f"{name} is {info.dtype} {list(info.shape)}, meant {meant}")
+        # Reading through storage_chunks checks for NaN and infinity on the way.
+        written = _crc(storage_chunks(info, dtype))
+        if name not in changed and written != _crc(storage_chunks(original, dtype)):
+            raise VerificationFailed(f"{name} is not the source's tensor")
+        task.advance()
+    if map_layers(source.config, source.tensors).lm_head is None:
+        replaced |= {name for name in source.tensors if name.endswith("lm_head.weight")}  # a copy of the embedding
+    missing = sorted(set(source.tensors) - set(output.tensors) - replaced)
+    if missing:
+        raise VerificationFailed(f"{missing[0]} is missing in the output ({len(missing)} tensors are)")
 
 
 def _crc(chunks: Any) -> int:
