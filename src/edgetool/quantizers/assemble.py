@@ -67,10 +67,11 @@ def remove_working_files(directory: Path) -> None:
 def _pieces(job: Job) -> Iterator[_Piece]:
     """The output's tensors, each layer in the place of the original's first tensor of that layer."""
     model = job.model
-    finished: dict[str, int] = {model.map.layer_prefix(layer): layer for layer in range(model.map.n_layers)}
+    layers: dict[str | None, int] = {model.map.layer_prefix(layer): layer for layer in range(model.map.n_layers)}
+    finished = dict(layers)
     for name, info in model.checkpoint.tensors.items():
         prefix = _layer_prefix(name, model.map.prefix)
-        if prefix is None:
+        if prefix not in layers:
             if name.endswith("lm_head.weight") and (model.map.lm_head is None or job.quantize_lm_head):
                 continue  # tied: the embedding is the one copy; quantised: replaced below
             yield _Piece(name, stored_dtype_of(info.dtype, job.dtype), info, False)

@@ -17,6 +17,7 @@ _EXPONENT_BITS = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
 """All of them set = infinity or NaN."""
 _CONFIG_NAMES = {"float16": "F16", "bfloat16": "BF16"}
 _FP16_MAX = 65504.0
+_BF16_MAX = float.fromhex("0x1.fep127")
 
 
 def model_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
@@ -43,9 +44,11 @@ def to_storage(array: Any, dtype: str, target: str, name: str) -> tuple[str, Any
     _check_finite(array, dtype, name)
     if dtype not in ("F32", "F64"):
         return dtype, array
-    if target == "BF16":
-        return target, float32_to_bfloat16(np.asarray(array, dtype=np.float32))
     largest = float(np.abs(array).max(initial=0.0))
+    if target == "BF16":
+        if largest > _BF16_MAX:
+            raise BadInput(f"{name} holds {largest:g}, which does not fit bfloat16")
+        return target, float32_to_bfloat16(np.asarray(array, dtype=np.float32))
     if largest > _FP16_MAX:
         raise BadInput(
             f"{name} holds {largest:g}, which does not fit float16",
