@@ -52,7 +52,7 @@ def calibration_from(
     cut = _windows(tokens, seqlen)
     for part in (2, 4):  # our own text is short: rather than refuse, let windows overlap
         if source == "builtin" and len(cut) < samples:
-            cut = torch.cat([_windows(tokens[shift:], seqlen) for shift in range(0, seqlen, seqlen // part)])
+            cut = torch.cat([_windows(tokens[shift:], seqlen) for shift in range(0, seqlen, max(1, seqlen // part))])
     windows = len(cut)
     if windows < samples:
         raise BadInput(
@@ -137,6 +137,7 @@ def _file_texts(path: Path, column: str | None) -> Iterator[str]:
                 raise BadInput(f"calibration file {path}: must hold a list of texts or of objects")
             yield from _records(((number, item) for number, item in enumerate(document, 1)), column, path)
         elif kind == ".csv":
+            csv.field_size_limit(1 << 30)  # the module's own limit is shorter than many a document
             with path.open(encoding="utf-8", newline="") as stream:
                 yield from _records(enumerate(csv.DictReader(stream), 1), column, path)
         elif kind == ".parquet":
@@ -149,6 +150,8 @@ def _file_texts(path: Path, column: str | None) -> Iterator[str]:
         raise BadInput(f"calibration file {path} is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise BadInput(f"calibration file {path}: not JSON: {error}") from error
+    except csv.Error as error:
+        raise BadInput(f"calibration file {path}: not CSV: {error}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -172,7 +175,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration file {path}: not parquet: {error}") from error
     names = file.schema_arrow.names
-    wanted = column or next((name for name in _TEXT_COLUMNS if name in names), None)
+    wanted = column or next((name for name in (*_TEXT_COLUMNS, "messages") if name in names), None)
     if wanted not in names:
         raise _no_column(path, column, names)
     number = 0
@@ -192,7 +195,7 @@ def _records(items: Iterator[tuple[int, Any]], column: str | None, path: Path | 
             raise BadInput(f"calibration file {path}, record {number}: neither a text nor an object")
         name = column or next((key for key in _TEXT_COLUMNS if isinstance(item.get(key), str)), None)
         if name is None and isinstance(item.get("messages"), list):
-            yield "\n".join(str(turn.get("content", "")) for turn in item["messages"] if isinstance(turn, dict))
+            yield "\n".join(str(turn.get("content") or "") for turn in item["messages"] if isinstance(turn, dict))
             continue
         if name is None or name not in item:
             raise _no_column(path, column, list(item))
