@@ -13,7 +13,7 @@ from edgetool.models.architectures import Stage
 from edgetool.quantizers.grid import quantize_to_codes
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.solve import dequantize_t, static_grid, trivial_groups
-from edgetool.quantizers.statistics import through_onednn
+from edgetool.quantizers.statistics import InputStatistics, through_onednn
 
 ALPHAS = tuple(step / 10 for step in range(10))
 """Exponents of the activation in the scale; 0 leaves the weights as they are."""
@@ -35,19 +35,20 @@ def value_channel_of(query_heads: int, value_heads: int, head_dim: int) -> Tenso
     return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
 
 
-def find_scale(weight: Tensor, gram: Tensor, recipe: Recipe, source_of: Tensor | None = None) -> Tensor:
+def find_scale(weight: Tensor, statistics: InputStatistics, recipe: Recipe, source_of: Tensor | None = None) -> Tensor:
     """Scale of each channel of the tensor in front, float32 [channels], that gives the least error after rounding.
 
     weight: float32 [out_features, in_features], all linears of the stage; not modified.
-    gram: float32 [in_features, in_features], mean of x x^T.
+    statistics: of the stage's inputs. A channel's activity is its mean magnitude, as in the paper: its root mean square
+        would follow the few tokens with huge activations that every model has.
     source_of: int64 [in_features], channel in front of each input channel; None when they are the same.
     """
+    gram = statistics.gram
     if source_of is None:
         source_of = torch.arange(weight.shape[1], device=weight.device)
     channels = int(source_of.max()) + 1
     shares = torch.bincount(source_of, minlength=channels).to(torch.float32)
-    energy = torch.zeros(channels, device=weight.device).index_add_(0, source_of, gram.diagonal().clamp(min=0))
-    activity = (energy / shares).sqrt()
+    activity = torch.zeros(channels, device=weight.device).index_add_(0, source_of, statistics.magnitude) / shares
     activity = activity.clamp(min=max(1e-4 * float(activity.mean()), 1e-12))
     every = -(-weight.shape[0] // SCORED_ROWS)
     weight_t = weight[::every].t().contiguous()

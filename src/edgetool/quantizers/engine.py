@@ -321,7 +321,7 @@ class _LayerJob:
             source_of = self._source_of(stage)
             weight = torch.cat([tensors[f"{name}.weight"] for name in stage.linears])
             known = self.known[stage.name]
-            scale = awq.find_scale(weight, known.gram, scaling, source_of)
+            scale = awq.find_scale(weight, known, scaling, source_of)
             tensors = awq.fold(tensors, stage, scale, source_of)
             wide = scale if source_of is None else scale[source_of]
             known.gram /= wide.unsqueeze(0) * wide.unsqueeze(1)

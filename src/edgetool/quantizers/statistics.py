@@ -19,11 +19,13 @@ class InputStatistics:
 
     gram: float32 [in, in], mean of x x^T.
     mean: float32 [in], mean of x.
+    magnitude: float32 [in], mean of |x|.
     cross: float32 [in, in], mean of (x_original - x) x^T, or None when the original's inputs are not followed.
     """
 
     gram: Tensor
     mean: Tensor
+    magnitude: Tensor
     cross: Tensor | None = None
 
 
@@ -33,6 +35,7 @@ class Moments:
     def __init__(self, width: int, device: torch.device, *, follow_original: bool) -> None:
         self._gram = torch.zeros((width, width), device=device)
         self._sum = torch.zeros(width, device=device)
+        self._magnitude = torch.zeros(width, device=device)
         self._cross = torch.zeros_like(self._gram) if follow_original else None
         self._tokens = 0
 
@@ -46,6 +49,7 @@ class Moments:
             if self._cross is not None and original is not None:
                 self._cross.addmm_((original - x).t(), x)
         self._sum += x.sum(0)
+        self._magnitude += x.abs().sum(0)
         self._tokens += x.shape[0]
 
     def finite(self) -> bool:
@@ -59,7 +63,7 @@ class Moments:
         gram = upper.add_(upper.t().clone())
         gram.diagonal().copy_(diagonal)
         cross = None if self._cross is None else self._cross.div_(self._tokens)
-        return InputStatistics(gram, self._sum / self._tokens, cross)
+        return InputStatistics(gram, self._sum / self._tokens, self._magnitude / self._tokens, cross)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from edgetool.models.architectures import STAGES
 from edgetool.quantizers.awq import find_scale, fold, value_channel_of
 from edgetool.quantizers.grid import find_grid, quantize_to_codes
 from edgetool.quantizers.recipe import Recipe
+from edgetool.quantizers.statistics import InputStatistics
 from tests.unit.models.reference import some_ids, stirred_model, transformers_model
 from tests.unit.quantizers.naive_gptq import correlated_inputs, gram_of
 
@@ -78,6 +79,10 @@ def output_error(weight, gram, scale, recipe):
     return float((change @ gram.double() * change).sum())
 
 
+def statistics_of(x):
+    return InputStatistics(gram_of(x), x.mean(0), x.abs().mean(0))
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("seed", range(3))
@@ -88,7 +93,7 @@ def test_the_scale_found_is_never_worse_than_none(sym, bits, seed):
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(seed + 9))
     kept = weight.clone(), gram.clone()
     recipe = Recipe(method="awq", group_size=32, bits=bits, sym=sym, scale_search="minmax")
-    scale = find_scale(weight, gram, recipe)
+    scale = find_scale(weight, statistics_of(x), recipe)
     assert torch.equal(weight, kept[0]) and torch.equal(gram, kept[1])
     assert scale.shape == (96,) and (scale > 0).all()
     error = output_error(weight, gram, scale, recipe)
@@ -101,14 +106,16 @@ def test_the_scale_found_is_never_worse_than_none(sym, bits, seed):
 def test_where_no_scale_helps_it_is_one():
     """White inputs of one size: every exponent gives the same scale."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(find_scale(weight, torch.eye(64), RECIPE), torch.ones(64))
+    assert torch.equal(
+        find_scale(weight, InputStatistics(torch.eye(64), torch.zeros(64), torch.ones(64)), RECIPE), torch.ones(64)
+    )
 
 
 def test_channels_that_share_a_source_share_a_scale():
     x = correlated_inputs(400, 64, 2)
     source_of = value_channel_of(4, 2, 16)
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    scale = find_scale(weight, gram_of(x), RECIPE, source_of)
+    scale = find_scale(weight, statistics_of(x), RECIPE, source_of)
     assert scale.shape == (32,)
 
 
@@ -117,6 +124,6 @@ def test_dead_channels_give_finite_scales(dead):
     x = correlated_inputs(200, 64, 3)
     x[:, dead] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    scale = find_scale(weight, gram_of(x), RECIPE)
+    scale = find_scale(weight, statistics_of(x), RECIPE)
     assert torch.isfinite(scale).all() and (scale > 0).all()
     assert float(scale.max()) <= 1000 and float(scale.min()) >= 1 / 1000

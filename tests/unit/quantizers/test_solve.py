@@ -17,7 +17,7 @@ RECIPE = Recipe(group_size=32, scale_search="minmax")
 def problem(channels=96, out_features=8, seed=0):
     x = correlated_inputs(4 * channels, channels, seed)
     weight = torch.randn(out_features, channels, generator=torch.Generator().manual_seed(seed + 1))
-    return weight, InputStatistics(gram_of(x), x.mean(0)), x
+    return weight, InputStatistics(gram_of(x), x.mean(0), x.abs().mean(0)), x
 
 
 def by_the_book(weight, solved, gram, order, damp, shrinkage):
@@ -134,7 +134,7 @@ def test_a_gram_matrix_without_factor_falls_back_to_rounding_to_nearest(kind):
         gram[5, 6] = gram[6, 5] = float("nan")
     else:
         gram[5, 6] = gram[6, 5] = 1e4
-    broken = InputStatistics(gram, statistics.mean)
+    broken = InputStatistics(gram, statistics.mean, statistics.magnitude)
     solved = solve_gptq(weight, RECIPE, broken)
     nearest = solve_rtn(weight, RECIPE, broken)
     assert (solved.method, solved.damp) == ("rtn", 0.0)
@@ -145,7 +145,7 @@ def test_a_gram_matrix_without_factor_falls_back_to_rounding_to_nearest(kind):
 def test_a_dead_channel_is_zero_and_stretches_no_grid():
     weight, statistics, x = problem()
     x[:, [3, 40]] = 0
-    statistics = InputStatistics(gram_of(x), x.mean(0))
+    statistics = InputStatistics(gram_of(x), x.mean(0), x.abs().mean(0))
     tame, wild = weight.clone(), weight.clone()
     tame[:, [3, 40]], wild[:, [3, 40]] = 0.0, 1e4
     for recipe in (RECIPE, replace(RECIPE, desc_act=True), replace(RECIPE, sym=False, scale_search="mse")):
@@ -158,7 +158,7 @@ def test_a_dead_channel_is_zero_and_stretches_no_grid():
 def test_the_weight_given_is_not_modified(transposed):
     weight, statistics, x = problem()
     x[:, 3] = 0
-    statistics = InputStatistics(gram_of(x), x.mean(0), torch.zeros(96, 96))
+    statistics = InputStatistics(gram_of(x), x.mean(0), x.abs().mean(0), torch.zeros(96, 96))
     given = weight.T.contiguous().T if transposed else weight
     before = given.clone()
     for recipe in (RECIPE, replace(RECIPE, desc_act=True), replace(RECIPE, asymmetric_calibration=1.0)):
@@ -192,7 +192,7 @@ def test_following_the_original_brings_the_outputs_nearer_to_it():
     weight, _, original = problem(96, 16)
     x = original + 0.3 * correlated_inputs(len(original), 96, 9)
     cross = ((original - x).double().T @ x.double() / len(x)).float()
-    statistics = InputStatistics(gram_of(x), x.mean(0), cross)
+    statistics = InputStatistics(gram_of(x), x.mean(0), x.abs().mean(0), cross)
     errors = []
     for strength in (0.0, 1.0):
         solved = solve_gptq(weight, replace(RECIPE, asymmetric_calibration=strength), statistics)
