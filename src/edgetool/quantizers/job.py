@@ -46,7 +46,7 @@ def recipe_of(config: QuantizeConfig) -> Recipe:
         bits=config.bits,
         group_size=config.group_size,
         sym=config.sym,
-        desc_act=config.desc_act,
+        desc_act=config.desc_act and config.group_size != -1,  # one group has no order to follow
         scale_search=config.scale_search,
         asymmetric_calibration=follow,
         awq_scaling=scaling and config.method != "rtn",
@@ -120,7 +120,7 @@ class _Prepared:
 
         layers = map_layers(checkpoint.config, checkpoint.tensors)
         recipe = recipe_of(config)
-        spec = Spec(config.bits, config.group_size, config.sym, config.desc_act)
+        spec = Spec(config.bits, config.group_size, config.sym, recipe.desc_act)
         dtype = model_dtype(checkpoint.config, checkpoint.tensors)
         device = resolve_device(config.device)
         plan = make_plan(config, checkpoint, layers, recipe, spec, dtype, str(device), free_gpu_bytes(device))
@@ -294,7 +294,7 @@ class _Run:
             "bits": config.bits,
             "group_size": config.group_size,
             "sym": config.sym,
-            "desc_act": config.desc_act,
+            "desc_act": prepared.recipe.desc_act,
             "quantized_modules": len(reports),
             "seconds": seconds,
             "peak_rss_bytes": peak,
