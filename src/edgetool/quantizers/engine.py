@@ -25,16 +25,13 @@ from edgetool.models.devices import out_of_memory_named
 from edgetool.models.streamed import ComputeLinear, StreamedModel
 from edgetool.progress import Progress
 from edgetool.quantizers import awq
-from edgetool.quantizers.activations import ActivationFile
 from edgetool.quantizers.layer_pass import LayerPass
 from edgetool.quantizers.ledger import Ledger
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.solve import Solved, solve_gptq, solve_rtn
 from edgetool.quantizers.statistics import InputStatistics, Moments
 from edgetool.quantizers.storage import to_storage
-
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
-"""Tokens of a batch: on a CPU few enough that a layer's activations stay in the cache."""
+from edgetool.quantizers.streams import Streams
 
 ROWS_AT_ONCE = 16384
 """Output rows of lm_head solved together."""
@@ -75,7 +72,7 @@ HEAD_FILE = "lm-head.safetensors"
 def run(job: Job, ledger: Ledger, progress: Progress) -> None:
     """Quantise every layer the ledger does not know yet. Raises Abandoned when a stop is asked for."""
     with torch.no_grad():
-        streams = _Streams(job) if job.token_ids is not None else None
+        streams = _streams(job)
         try:
             _run(job, ledger, streams, progress)
         finally:
@@ -83,7 +80,14 @@ def run(job: Job, ledger: Ledger, progress: Progress) -> None:
                 streams.close()
 
 
-def _run(job: Job, ledger: Ledger, streams: _Streams | None, progress: Progress) -> None:
+def _streams(job: Job) -> Streams | None:
+    if job.token_ids is None:
+        return None
+    follow = job.recipe.asymmetric_calibration > 0
+    return Streams(job.model, job.token_ids, job.directory, follow_original=follow)
+
+
+def _run(job: Job, ledger: Ledger, streams: Streams | None, progress: Progress) -> None:
     total = job.model.map.n_layers + int(job.quantize_lm_head)
     if streams is not None:
         streams.prepare(ledger)
@@ -110,70 +114,10 @@ _STAGE_SHARE = 0.2
 """Part of a layer's progress that one stage is worth; what is left comes when the layer is written."""
 
 
-class _Streams:
-    """Hidden states entering the layer at hand: of the quantised model and, when targets follow it, of the original.
-
-    Two files a stream, read and written in turn, so that a kill in the middle of a layer leaves its input whole.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        model = job.model
-        assert job.token_ids is not None
-        at_once = TOKENS_AT_ONCE[model.device.type]
-        self.batches = list(job.token_ids.split(max(1, at_once // job.token_ids.shape[1])))  # type: ignore[no-untyped-call]
-        names = ["quantised"] + (["original"] if job.recipe.asymmetric_calibration > 0 else [])
-        self.files = {name: [self._file(f"{name}-{turn}") for turn in (0, 1)] for name in names}
-        self.stashes = {name: self._file(f"{name}-stash", model.compute_dtype) for name in names}
-        self.layer = 0
-        self.arguments: dict[int, list[dict[str, Any]]] = {}
-
-    def _file(self, name: str, dtype: torch.dtype = torch.float32) -> ActivationFile:
-        return ActivationFile(self.job.directory / f"activations-{name}.bin", dtype, self.job.model.device)
-
-    def prepare(self, ledger: Ledger) -> None:
-        """Bring the streams to the first layer that is not done: from the files of a stopped run, or the embedding."""
-        model = self.job.model
-        self.layer = len(ledger.layers)
-        shapes = [(*batch.shape, model.map.hidden_size) for batch in self.batches]
-        for shape in set(shapes):
-            self.arguments[shape[0]] = model.layer_arguments(torch.zeros(shape, device=model.device))
-        for pair in self.files.values():
-            for file in pair:
-                file.layout(shapes)
-        if self.layer == 0:
-            for number, batch in enumerate(self.batches):
-                states = model.embed(batch)
-                for pair in self.files.values():
-                    pair[0].write(number, states)
-            return
-        expected = ledger.layers[-1]["activations"]
-        if [pair[self.layer % 2].checksum() for pair in self.files.values()] != expected:
-            raise BadInput(
-                f"the activations in {self.job.directory} are damaged (did the machine crash?)",
-                "start again with --overwrite",
-            )
-
-    def advance(self) -> list[int]:
-        """Make the layer's results the next layer's inputs; returns their checksums for the ledger."""
-        self.layer += 1
-        return [pair[self.layer % 2].checksum() for pair in self.files.values()]
-
-    def pass_through(self, name: str, layer: Any) -> LayerPass:
-        """`layer` between this stream's files."""
-        pair = self.files[name]
-        arguments = [self.arguments[len(batch)][self.layer] for batch in self.batches]
-        return LayerPass(layer, arguments, pair[self.layer % 2], pair[(self.layer + 1) % 2], self.stashes[name])
-
-    def close(self) -> None:
-        for file in [*(f for pair in self.files.values() for f in pair), *self.stashes.values()]:
-            file.close()
-
-
 class _LayerJob:
     """One layer: its weights (folded by AWQ where asked), its statistics, its quantised linears."""
 
-    def __init__(self, job: Job, layer: int, streams: _Streams | None) -> None:
+    def __init__(self, job: Job, layer: int, streams: Streams | None) -> None:
         self.job, self.layer, self.streams = job, layer, streams
         self.prefix = job.model.map.layer_prefix(layer)
         self.tensors: dict[str, tuple[str, Any]] = {}
@@ -361,7 +305,7 @@ def canonical(solved: Solved, rows: slice, recipe: Recipe) -> QuantizedLinear:
     )
 
 
-def _quantize_head(job: Job, streams: _Streams | None) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
+def _quantize_head(job: Job, streams: Streams | None) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
     """lm_head (a copy of the embedding where they are tied) by the recipe's method, some rows at a time."""
     model = job.model
     statistics = None
