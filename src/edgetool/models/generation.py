@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,12 +86,15 @@ def _layers_to_keep(model: StreamedModel, keep_bytes: int) -> list[Any]:
 
 
 def chat_prompt(tokenizer: Any, question: str) -> Tensor:
-    """int64 [1, length]: the question in the model's chat template, or as plain text where it has none."""
+    """int64 [1, length]: the question in the model's chat template, or as plain text where it has none that works."""
+    ids = None
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(question)["input_ids"]
-    return torch.tensor([ids], dtype=torch.int64)
+        from jinja2 import TemplateError
+
+        # A template is the model's own program, and may insist on things that a plain question does not have.
+        with suppress(TemplateError, TypeError, ValueError):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([ids or tokenizer(question)["input_ids"]], dtype=torch.int64)

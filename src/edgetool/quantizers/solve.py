@@ -10,7 +10,7 @@ from torch import Tensor
 from edgetool.quantizers import gptq
 from edgetool.quantizers.grid import Grid, find_grid, quantize_to_codes
 from edgetool.quantizers.recipe import Recipe
-from edgetool.quantizers.statistics import InputStatistics
+from edgetool.quantizers.statistics import InputStatistics, through_onednn
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def dequantize_t(codes: Tensor, grid: Grid, group_of: Tensor) -> Tensor:
 def relative_error(weight_t: Tensor, quantized_t: Tensor, gram: Tensor) -> float:
     """Root of the mean squared output error over the mean squared output."""
     difference = quantized_t - weight_t
-    error = float((difference * (gram @ difference)).sum())
-    energy = float((weight_t * (gram @ weight_t)).sum())
+    with through_onednn():
+        error = float((difference * (gram @ difference)).sum())
+        energy = float((weight_t * (gram @ weight_t)).sum())
     return (max(error, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
 

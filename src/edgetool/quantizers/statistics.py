@@ -70,7 +70,8 @@ class Moments:
 def through_onednn() -> Iterator[None]:
     """Let oneDNN multiply float32 matrices on a CPU, by way of bf16 where it has instructions for it.
 
-    Products are summed in float32 either way, and the model's own products round these inputs to bf16 too.
+    For statistics and for measuring errors, not for the solution itself. Products are summed in float32 either way, and
+    the model's own products round these inputs to bf16 too.
     The setting also selects oneDNN over the default library, which is half as fast on some CPUs.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
