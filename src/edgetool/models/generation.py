@@ -13,7 +13,7 @@ from torch import Tensor
 from edgetool.models.streamed import StreamedModel
 
 KEEP_BYTES = 512 * 2**20
-"""Layers stay in memory between tokens when all of them together are at most this large (in the compute dtype)."""
+"""What the layers that stay in memory between tokens may take together, in the compute dtype."""
 
 Choose = Callable[[Tensor], Tensor]
 
@@ -34,14 +34,15 @@ def generate(
 ) -> Tensor:
     """Tokens int64 [rows, <= new_tokens] that follow prompts int64 [rows, length].
 
-    With one row, generation ends at token `stop`. Layers that do not fit in `keep_bytes` together are read again for
-    every token: slower, with the memory of one.
+    With one row, generation ends at token `stop`. As many layers as fit in `keep_bytes` stay in memory; the others are
+    read again for every token: slower, with the memory of one.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.skeleton.config)
-    kept = _layers_to_keep(model, keep_bytes)
-    head = list(model.output_chunks()) if kept else None
+    may_keep = min(model.map.n_layers, keep_bytes // _layer_bytes(model))
+    kept: dict[int, Any] = {}
+    head = list(model.output_chunks()) if may_keep == model.map.n_layers else None
     made: list[Tensor] = []
     ids = prompts
     with torch.no_grad():
@@ -49,7 +50,9 @@ def generate(
             hidden = model.embed(ids)
             arguments = model.layer_arguments(hidden, cache)
             for index in range(model.map.n_layers):
-                layer = kept[index] if kept else model.layer(index)
+                layer = kept[index] if index in kept else model.layer(index)
+                if len(kept) < may_keep:
+                    kept[index] = layer
                 hidden = layer(hidden, **arguments[index])
             chosen = choose(next_logits(model, hidden[:, -1], head)).cpu()
             made.append(chosen)
@@ -78,11 +81,9 @@ def degenerate(tokens: list[int]) -> str | None:
     return None
 
 
-def _layers_to_keep(model: StreamedModel, keep_bytes: int) -> list[Any]:
-    size = sum(parameter.numel() for parameter in model.skeleton.layers.parameters())
-    if size * torch.empty(0, dtype=model.compute_dtype).element_size() > keep_bytes:
-        return []
-    return [model.layer(index) for index in range(model.map.n_layers)]
+def _layer_bytes(model: StreamedModel) -> int:
+    size = sum(parameter.numel() for parameter in model.skeleton.layers[0].parameters())
+    return int(size * torch.empty(0, dtype=model.compute_dtype).element_size())
 
 
 def chat_prompt(tokenizer: Any, question: str) -> Tensor:

@@ -77,7 +77,7 @@ def solve_gptq(weight: Tensor, recipe: Recipe, statistics: InputStatistics) -> S
     else:
         order = torch.arange(channels, device=weight.device)
     try:
-        factor, damp = gptq.factor_with_ladder(statistics.gram[order][:, order], recipe.damp, recipe.shrinkage)
+        factor, damp = gptq.factor_with_ladder(statistics.gram, recipe.damp, recipe.shrinkage, order)
     except gptq.NotPositiveDefinite:
         return solve_rtn(weight, recipe, statistics)
 

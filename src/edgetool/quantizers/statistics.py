@@ -58,10 +58,13 @@ class Moments:
 
     def mean(self) -> InputStatistics:
         """The statistics; the sums are used up."""
-        upper = self._gram.triu_().div_(self._tokens)
-        diagonal = upper.diagonal().clone()
-        gram = upper.add_(upper.t().clone())
-        gram.diagonal().copy_(diagonal)
+        gram = self._gram.div_(self._tokens)
+        width = gram.shape[0]
+        for start in range(0, width, GRAM_BLOCK):  # block by block, since a copy of the whole would be large
+            stop = min(start + GRAM_BLOCK, width)
+            gram[stop:, start:stop] = gram[start:stop, stop:].t()
+            corner = gram[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).t())
         cross = None if self._cross is None else self._cross.div_(self._tokens)
         return InputStatistics(gram, self._sum / self._tokens, self._magnitude / self._tokens, cross)
 
