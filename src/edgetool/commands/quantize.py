@@ -84,9 +84,6 @@ def quantize(
         str | None, Option("--max-shard-size", metavar="SIZE", help="Largest weight file [default: 5GB].")
     ] = None,
     revision: o.Revision = None,
-    trust_remote_code: Annotated[
-        bool | None, Option("--trust-remote-code", help="Run Python code that a hub model brings.")
-    ] = None,
     resume: o.Resume = None,
     overwrite: o.Overwrite = None,
     dry_run: o.DryRun = None,

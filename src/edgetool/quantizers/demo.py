@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from typing import Any
 
@@ -61,7 +60,8 @@ def _measure(checkpoint: Checkpoint, name: str, threads: int | None, progress: P
     from edgetool.models.devices import fast_dtype
     from edgetool.models.streamed import StreamedModel, load_tokenizer
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if threads:
+        torch.set_num_threads(threads)
     device = torch.device("cpu")
     model = StreamedModel(checkpoint, device, fast_dtype(device))
     tokenizer = load_tokenizer(checkpoint)

@@ -19,7 +19,7 @@ from edgetool.config import QuantizeConfig
 from edgetool.errors import BadInput, MissingDependency, Stopped
 from edgetool.quantizers.ledger import layers_done, refuse_difference
 
-_NOT_IDENTITY = {"model", "output", "resume", "overwrite", "dry_run", "work_dir", "revision", "threads"}
+_NOT_IDENTITY = {"model", "output", "resume", "overwrite", "dry_run", "revision", "threads"}
 """Settings that do not decide what is written; the model counts by its files."""
 
 

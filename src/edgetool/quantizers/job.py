@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import threading
 import time
@@ -157,7 +156,8 @@ class _Run:
         from edgetool.quantizers.storage import check_weights
 
         config, prepared, directory = self.config, self.prepared, self.out.partial
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        if config.threads:  # else what torch takes: OMP_NUM_THREADS, or one for each core
+            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         compute_dtype = fast_dtype(prepared.device)
         model = StreamedModel(self.checkpoint, prepared.device, compute_dtype)
