@@ -23,7 +23,7 @@ from edgetool.quantizers.storage import storage_chunks, stored_dtype_of
 QUESTION = "What is the capital of France?"
 SMOKE_TOKENS = 16
 SPEAKING_SURENESS = 0.05
-"""A model that gives its own first choices less than this on average is untrained: they are near 1 / vocabulary then."""
+"""A model that gives its own first choices less than this on average is untrained."""
 
 
 def audit(

@@ -94,6 +94,15 @@ def _invert_upper(r: Tensor) -> Tensor:
     return r
 
 
+def _reordered(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in `order`, some rows at a time: indexing both at once builds indices larger than the matrix."""
+    result = torch.empty_like(gram)
+    for start in range(0, len(order), _FACTOR_BLOCK):
+        rows = order[start : start + _FACTOR_BLOCK]
+        result[start : start + len(rows)] = gram[rows][:, order]
+    return result
+
+
 def factor_with_ladder(
     gram: Tensor, damp: float, shrinkage: float = 0.0, order: Tensor | None = None
 ) -> tuple[Tensor, float]:
@@ -102,12 +111,12 @@ def factor_with_ladder(
     With `order`, int64 [in], the factor is that of the matrix with rows and columns in this order.
     """
     for step in DAMP_LADDER:
-        matrix = gram.clone() if order is None else gram[order.unsqueeze(1), order]
+        matrix = gram.clone() if order is None else _reordered(gram, order)
         try:
             factor = _invert_upper(_factorize_backwards(_damp_in_place(matrix, damp * step, shrinkage)))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if bool(torch.isfinite(factor).all()):
+        if bool(torch.isfinite(factor.sum())):  # one number: a mask of the whole matrix would take more than its size
             return factor, damp * step
     raise NotPositiveDefinite
 

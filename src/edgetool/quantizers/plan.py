@@ -17,7 +17,7 @@ from edgetool.checkpoints.legality import kernels, vcu128
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES
 from edgetool.config import QuantizeConfig
 from edgetool.errors import BadInput, ResourceUnavailable
-from edgetool.models.architectures import FAMILIES, LINEARS_PER_LAYER, LayerMap
+from edgetool.models.architectures import FAMILIES, LINEARS_PER_LAYER, STAGES, LayerMap
 from edgetool.progress_lines import size as readable
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.storage import stored_dtype_of
@@ -94,12 +94,15 @@ def estimate(
         if name not in quantized
     )
     widest = max(shape[1] for shape in first)
-    largest = max(math.prod(shape) for shape in first)
-    stacked = max(sum(math.prod(s) for s in first if s[1] == width) for width in {shape[1] for shape in first})
     streams = 2 if recipe.asymmetric_calibration > 0 else 1
-    # Weights of the layer in the compute dtype, the stage being solved about six times over in float32, and the Gram
-    # matrix with its damped copy, factor and inverse.
-    working = layer_weights * 2 * streams + min(stacked, 3 * largest) * 4 * 6 + (widest**2 * 4 * 4 if tokens else 0)
+    # The layer in the compute dtype, and of the stage being solved: about six copies of its weights in float32 and,
+    # with calibration, its Gram matrix and the factor of it (measured; the cross moments come on top).
+    matrices = (1 + streams) if tokens else 0
+    stages = []
+    for stage in STAGES:
+        shapes = [checkpoint.tensors[f"{layers.layer_prefix(0)}{name}.weight"].shape for name in stage.linears]
+        stages.append(sum(math.prod(shape) for shape in shapes) * 24 + shapes[0][1] ** 2 * 4 * matrices)
+    working = layer_weights * 2 * streams + max(stages)
     hidden = tokens * layers.hidden_size * 4
     disk = packed + rest + packed + streams * (2 * hidden + tokens * widest * 2)
     forward = 2.0 * tokens * layer_weights * streams

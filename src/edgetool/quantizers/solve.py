@@ -12,6 +12,9 @@ from edgetool.quantizers.grid import Grid, find_grid, quantize_to_codes
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.statistics import InputStatistics, through_onednn
 
+_GRID_ELEMENTS = 1 << 18
+"""Weights searched together: 1 MiB, so that the search stays in the cache."""
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -122,11 +125,19 @@ def shifted_target(weight_t: Tensor, cross: Tensor, factor: Tensor, order: Tenso
 
 
 def static_grid(weight_t: Tensor, recipe: Recipe, importance: Tensor | None) -> Grid:
-    """Grid of all groups of [in, out], found before any rounding."""
+    """Grid of all groups of [in, out], found before any rounding.
+
+    Searched a few output channels at a time: they are independent, and the search makes several passes over its copies.
+    """
     channels, out_features = weight_t.shape
-    groups = weight_t.view(recipe.groups(channels), recipe.size(channels), out_features)
-    weights = None if importance is None else importance.view(groups.shape[0], groups.shape[1])
-    return grid_for(groups, weights, recipe)
+    shape = recipe.groups(channels), recipe.size(channels)
+    weights = None if importance is None else importance.view(shape)
+    columns = max(1, _GRID_ELEMENTS // channels)
+    parts = [
+        grid_for(weight_t[:, start : start + columns].contiguous().view(*shape, -1), weights, recipe)
+        for start in range(0, out_features, columns)
+    ]
+    return Grid(torch.cat([p.scales for p in parts], 1), torch.cat([p.zeros for p in parts], 1), recipe.bits)
 
 
 def grid_for(groups: Tensor, weights: Tensor | None, recipe: Recipe) -> Grid:
