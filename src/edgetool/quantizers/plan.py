@@ -96,13 +96,13 @@ def estimate(
     widest = max(shape[1] for shape in first)
     streams = 2 if recipe.asymmetric_calibration > 0 else 1
     # The layer in the compute dtype, and of the stage being solved: about six copies of its weights in float32 and,
-    # with calibration, its Gram matrix and the factor of it (measured; the cross moments come on top).
+    # with calibration, its Gram matrix and the factor of it (measured; the cross moments come on top). A fifth more, since memory given back is not always taken again.
     matrices = (1 + streams) if tokens else 0
     stages = []
     for stage in STAGES:
         shapes = [checkpoint.tensors[f"{layers.layer_prefix(0)}{name}.weight"].shape for name in stage.linears]
         stages.append(sum(math.prod(shape) for shape in shapes) * 24 + shapes[0][1] ** 2 * 4 * matrices)
-    working = layer_weights * 2 * streams + max(stages)
+    working = (layer_weights * 2 * streams + max(stages)) * 6 // 5
     hidden = tokens * layers.hidden_size * 4
     disk = packed + rest + packed + streams * (2 * hidden + tokens * widest * 2)
     forward = 2.0 * tokens * layer_weights * streams
