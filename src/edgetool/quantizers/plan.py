@@ -96,7 +96,8 @@ def estimate(
     widest = max(shape[1] for shape in first)
     streams = 2 if recipe.asymmetric_calibration > 0 else 1
     # The layer in the compute dtype, and of the stage being solved: about six copies of its weights in float32 and,
-    # with calibration, its Gram matrix and the factor of it (measured; the cross moments come on top). A fifth more, since memory given back is not always taken again.
+    # with calibration, its Gram matrix and the factor of it (measured; the cross moments come on top). A fifth more,
+    # since memory that was given back is not always taken again.
     matrices = (1 + streams) if tokens else 0
     stages = []
     for stage in STAGES:
