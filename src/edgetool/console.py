@@ -157,8 +157,9 @@ class _BarProgress:
         self._bars.stop()
 
     @contextlib.contextmanager
-    def task(self, name: str, total: float, unit: str = "") -> Iterator[Task]:
-        bar = _Bar(self._bars, self._bars.add_task(name, total=total, count="", note=""), total, unit)
+    def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Iterator[Task]:
+        identity = self._bars.add_task(name, total=total, completed=int(before), count="", note="")
+        bar = _Bar(self._bars, identity, total, unit, before)
         try:
             yield bar
         finally:

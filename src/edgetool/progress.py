@@ -22,8 +22,11 @@ class Task(Protocol):
 class Progress(Protocol):
     """Sink for the progress of one command."""
 
-    def task(self, name: str, total: float, unit: str = "") -> Any:
-        """Context manager that yields a `Task` of `total` steps (`unit` names a step: "layer", "B", ...)."""
+    def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Any:
+        """Context manager that yields a `Task` of `total` steps (`unit` names a step: "layer", "B", ...).
+
+        `before`: steps that an earlier run has done; they count as done, but not for the time that is left.
+        """
 
     def note(self, message: str) -> None:
         """Say one line that stays visible: a phase that starts, a fact worth knowing."""
@@ -41,7 +44,7 @@ class NullProgress:
     """Says nothing."""
 
     @contextmanager
-    def task(self, name: str, total: float, unit: str = "") -> Iterator[Task]:
+    def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Iterator[Task]:
         yield _NullTask()
 
     def note(self, message: str) -> None:
@@ -58,7 +61,7 @@ class RecordingProgress:
     events: list[tuple[str, str, float]] = field(default_factory=list)
 
     @contextmanager
-    def task(self, name: str, total: float, unit: str = "") -> Iterator[Task]:
+    def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Iterator[Task]:
         self.events.append(("start", name, total))
         yield _RecordingTask(self, name)
         self.events.append(("end", name, total))

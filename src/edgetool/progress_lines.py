@@ -25,6 +25,7 @@ class Meter:
     name: str
     total: float
     unit: str
+    before: float = 0
     done: float = 0
     note: str = ""
     started_s: float = field(default_factory=time.monotonic)
@@ -58,9 +59,9 @@ class LineProgress:
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
-    def task(self, name: str, total: float, unit: str = "") -> Iterator[Task]:
+    def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Iterator[Task]:
         """Announce a task, count it, and say how it ended."""
-        meter = Meter(self, name, total, unit)
+        meter = Meter(self, name, total, unit, before, before)
         self._running.append(meter)
         self._start_heartbeat()
         self.say("start", meter)
@@ -133,8 +134,9 @@ class PlainProgress(LineProgress):
     def _task_line(self, event: str, meter: Meter) -> str:
         spent_s = time.monotonic() - meter.started_s
         text = f"{meter.name}: " + count(meter.done, meter.total, meter.unit)
-        if event in {"progress", "heartbeat"} and 0 < meter.done < meter.total:
-            text += f", about {duration(spent_s / meter.done * (meter.total - meter.done))} left"
+        made = meter.done - meter.before
+        if event in {"progress", "heartbeat"} and made > 0 and meter.done < meter.total:
+            text += f", about {duration(spent_s / made * (meter.total - meter.done))} left"
         if event == "heartbeat":
             text += f", still running after {duration(spent_s)}"
         elif event == "done":

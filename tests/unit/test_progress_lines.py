@@ -74,3 +74,13 @@ def test_quantities_read_naturally() -> None:
     assert count(12_000_000, 98_400_000, "B") == "12.0 MB of 98.4 MB"
     assert [size(n) for n in (999, 1000, 5e9, 2e12)] == ["999 B", "1.0 kB", "5.0 GB", "2.0 TB"]
     assert [duration(s) for s in (0.25, 41.4, 360, 7560)] == ["0.2 s", "41 s", "6 min", "2.1 h"]
+
+
+def test_steps_of_an_earlier_run_do_not_make_this_one_look_fast() -> None:
+    stream = io.StringIO()
+    with PlainProgress(stream, interval_s=0.0).task("quantise", 30, "layer", 20) as task:
+        time.sleep(0.2)
+        task.advance()
+    said = next(line for line in stream.getvalue().splitlines() if "21 of 30" in line)
+    # one layer took 0.2 s or more, so nine take 1.8 s or more; with 21 counted as this run's own it would be 0.09 s
+    assert float(said.split("about ")[1].split(" s left")[0]) > 1

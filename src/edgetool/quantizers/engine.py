@@ -92,8 +92,9 @@ def _run(job: Job, ledger: Ledger, streams: Streams | None, progress: Progress) 
     if streams is not None:
         streams.prepare(ledger)
     done = len(ledger.layers)
-    with progress.task("quantise", total, "layer") as task:
-        task.advance(done, "taken up from before" if done else None)
+    if done:
+        progress.note(f"taking up the earlier run after {done} of {total} layers")
+    with progress.task("quantise", total, "layer", done) as task:
         for layer in range(done, job.model.map.n_layers):
             with out_of_memory_named(f"quantising layer {layer}"):
                 tensors, reports = _LayerJob(job, layer, streams).run(task.advance)
