@@ -86,6 +86,10 @@ class LayerMap:
         """Full names of the layer's quantisable linears, without `.weight`."""
         return [self.layer_prefix(layer) + name for name in LINEARS_PER_LAYER]
 
+    def quantizable(self) -> list[str]:
+        """Tensor names of the weights of all layers' quantisable linears, in order."""
+        return [f"{name}.weight" for layer in range(self.n_layers) for name in self.linear_names(layer)]
+
 
 def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
     """Find the decoder in a checkpoint. Raises BadInput naming an architecture that is not supported, and why."""

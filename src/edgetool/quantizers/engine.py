@@ -271,6 +271,7 @@ class _LayerJob:
             wide = scale if source_of is None else scale[source_of]
             known.gram /= wide.unsqueeze(0) * wide.unsqueeze(1)
             known.mean /= wide
+            known.magnitude /= wide
         self.changed = {name: tensor for name, tensor in tensors.items() if tensor is not before[name]}
         if job.recipe.method != "awq":
             self.known.clear()  # GPTQ wants the statistics its own earlier stages cause

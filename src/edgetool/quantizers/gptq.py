@@ -135,7 +135,6 @@ def round_channels(
     channels, out_features = weight_t.shape
     work = weight_t.clone()
     codes = torch.empty((channels, out_features), dtype=torch.uint8, device=work.device)
-    static = isinstance(grid, Grid)
     if isinstance(grid, Grid):
         scales, zeros, max_code, bits = grid.scales, grid.zeros, grid.max_code, grid.bits
     else:
@@ -155,8 +154,7 @@ def round_channels(
                 current.addmv_(errors[:i].t(), inner[i, :i], alpha=-1.0)
             if group_of[row] != group:
                 group = group_of[row]
-                if not static:
-                    assert callable(grid)
+                if not isinstance(grid, Grid):
                     members = _settled(work, errors, factor, start, i, row, group_of)
                     found = grid(group, members)
                     scales[group], zeros[group] = found.scales[0], found.zeros[0]

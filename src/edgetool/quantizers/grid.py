@@ -75,21 +75,16 @@ def find_grid(
         return Grid(scale, zero, bits)
 
     weights = None if importance is None else importance.unsqueeze(-1)
-    best_error: Tensor | None = None
-    best_scale = best_zero = torch.empty(0)
-    for factor in _SHRINK_FACTORS:
-        for signed in (False, True) if sym else (False,):
-            scale, zero = _span(weight_groups, bits, sym, factor, min_zero, signed=signed)
-            error = _weighted_error(weight_groups, scale, zero, max_code, weights)
-            if best_error is None:
-                best_error, best_scale, best_zero = error, scale, zero
-                continue
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-    if best_error is None:  # unreachable: _SHRINK_FACTORS is never empty
-        raise AssertionError
+    candidates = [(factor, signed) for factor in _SHRINK_FACTORS for signed in ((False, True) if sym else (False,))]
+    best_scale, best_zero = _span(weight_groups, bits, sym, candidates[0][0], min_zero, signed=candidates[0][1])
+    best_error = _weighted_error(weight_groups, best_scale, best_zero, max_code, weights)
+    for factor, signed in candidates[1:]:
+        scale, zero = _span(weight_groups, bits, sym, factor, min_zero, signed=signed)
+        error = _weighted_error(weight_groups, scale, zero, max_code, weights)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
 
     for _ in range(_REFIT_ROUNDS):
         levels = quantize_to_codes(weight_groups, best_scale.unsqueeze(1), best_zero.unsqueeze(1), max_code)

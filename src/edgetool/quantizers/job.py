@@ -127,23 +127,19 @@ class _Prepared:
         return cls(recipe, spec, dtype, device, load_tokenizer(checkpoint), plan)
 
 
+@dataclass(frozen=True)
 class _Run:
     """One run in its partial directory, up to a verified checkpoint and its manifest."""
 
-    def __init__(
-        self,
-        config: QuantizeConfig,
-        common: CommonConfig,
-        source: ResolvedSource,
-        checkpoint: Checkpoint,
-        prepared: _Prepared,
-        out: OutputDirectory,
-        stop: threading.Event,
-        progress: Progress,
-        started: float,
-    ) -> None:
-        self.config, self.common, self.source, self.checkpoint = config, common, source, checkpoint
-        self.prepared, self.out, self.stop, self.progress, self.started = prepared, out, stop, progress, started
+    config: QuantizeConfig
+    common: CommonConfig
+    source: ResolvedSource
+    checkpoint: Checkpoint
+    prepared: _Prepared
+    out: OutputDirectory
+    stop: threading.Event
+    progress: Progress
+    started: float
 
     def manifest(self) -> dict[str, Any]:
         """Do everything; the returned document goes into edgetool.json."""
@@ -176,7 +172,7 @@ class _Run:
         with disk_errors(directory):
             ledger = Ledger.open(directory / LEDGER_NAME, identity)
         if not ledger.layers:
-            check_weights(self.checkpoint.tensors, prepared.dtype, _quantized_names(model), self.progress)
+            check_weights(self.checkpoint.tensors, prepared.dtype, set(model.map.quantizable()), self.progress)
         try:
             calibration = self._calibration(model)
         except engine.Abandoned:
@@ -328,10 +324,6 @@ class _Run:
             "verified": verified,
             "files": output.sha256(),
         }
-
-
-def _quantized_names(model: Any) -> set[str]:
-    return {f"{name}.weight" for layer in range(model.map.n_layers) for name in model.map.linear_names(layer)}
 
 
 def _names_that_may_change(model: Any, output: Checkpoint, recipe: Recipe) -> set[str]:

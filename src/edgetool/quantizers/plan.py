@@ -43,7 +43,7 @@ def check_shapes(checkpoint: Checkpoint, layers: LayerMap, recipe: Recipe, *, lm
     Raises BadInput for missing tensors, and for widths that the group size or the packing does not divide.
     """
     shapes: set[tuple[int, int]] = set()
-    names = [f"{name}.weight" for layer in range(layers.n_layers) for name in layers.linear_names(layer)]
+    names = layers.quantizable()
     if lm_head:
         names.append(layers.lm_head or layers.embedding)
     widths: dict[int, str] = {}
@@ -82,7 +82,7 @@ def estimate(
     """What the run will take, from shapes alone."""
     first = [checkpoint.tensors[f"{name}.weight"].shape for name in layers.linear_names(0)]
     layer_weights = sum(math.prod(shape) for shape in first)
-    quantized = {f"{name}.weight" for index in range(layers.n_layers) for name in layers.linear_names(index)}
+    quantized = set(layers.quantizable())
     packed = 0
     for name in quantized:
         rows, width = checkpoint.tensors[name].shape
@@ -107,7 +107,7 @@ def estimate(
     hidden = tokens * layers.hidden_size * 4
     disk = packed + rest + packed + streams * (2 * hidden + tokens * widest * 2)
     forward = 2.0 * tokens * layer_weights * streams
-    grams = sum(2.0 * tokens * width**2 for width in {s[1]: s for s in first}) * (1 + (streams - 1)) * 2
+    grams = sum(2.0 * tokens * width**2 for width in {shape[1] for shape in first}) * streams * 2
     solving = sum(2.0 * shape[0] * shape[1] ** 2 * 3 for shape in first) if recipe.method == "gptq" else 0.0
     return Costs(int(working), int(disk), packed + rest, (forward + grams + solving) * layers.n_layers)
 
