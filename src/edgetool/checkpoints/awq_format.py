@@ -61,7 +61,7 @@ def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str 
     linear = QuantizedLinear(
         codes=_unpacked(qweight),
         scales=np.ascontiguousarray(scales.T),
-        zeros=_unpacked(qzeros),
+        zeros=read_zeros(qzeros),
         g_idx=None,
         bits=BITS,
         group_size=size,
@@ -69,6 +69,11 @@ def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str 
     )
     linear.validate(name)
     return linear
+
+
+def read_zeros(qzeros: Array) -> Array:
+    """uint8 [out_features, n_groups] from `qzeros`."""
+    return _unpacked(qzeros)
 
 
 def write(linear: QuantizedLinear, name: str = "") -> dict[str, Array]:

@@ -57,14 +57,7 @@ def read(tensors: Mapping[str, Array], bits: int, group_size: int | None = None,
     groups = int(scales.shape[1])
     sparse = bits == 3 and _is_sparse(packed, in_features)
     codes = _unpack(packed, bits, (out_features, in_features), sparse, "weight_packed", where)
-    stored_zeros = tensors.get("weight_zero_point")
-    if stored_zeros is None:
-        zeros: Array = np.full(scales.shape, 1 << (bits - 1), dtype=np.uint8)
-    elif stored_zeros.dtype == np.int8 and stored_zeros.shape == scales.shape:
-        zeros = (stored_zeros.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-    else:
-        columns = _unpack(stored_zeros.T, bits, (groups, out_features), sparse, "weight_zero_point transposed", where)
-        zeros = np.ascontiguousarray(columns.T)
+    zeros = read_zeros(tensors.get("weight_zero_point"), bits, scales.shape, sparse, name)
     g_idx = tensors.get("weight_g_idx")
     if g_idx is not None:
         if g_idx.shape != (in_features,) or g_idx.dtype != np.int32:
@@ -85,6 +78,20 @@ def read(tensors: Mapping[str, Array], bits: int, group_size: int | None = None,
     )
     linear.validate(name)
     return linear
+
+
+def read_zeros(stored: Array | None, bits: int, shape: tuple[int, ...], sparse: bool = False, name: str = "") -> Array:
+    """uint8 `shape` = [out_features, n_groups] from weight_zero_point, or the middle code where there is none.
+
+    sparse: the words hold whole 3-bit codes only, as up to 0.17.
+    """
+    if stored is None:
+        return np.full(shape, 1 << (bits - 1), dtype=np.uint8)
+    if stored.dtype == np.int8 and stored.shape == shape:
+        return (stored.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    where = f" ({name})" if name else ""
+    columns = _unpack(stored.T, bits, (shape[1], shape[0]), sparse, "weight_zero_point transposed", where)
+    return np.ascontiguousarray(columns.T)
 
 
 def write(linear: QuantizedLinear, sym: bool | None = None, name: str = "") -> dict[str, Array]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgetool.checkpoints.canonical import BITS, QuantizedLinear, trivial_g_idx
 from edgetool.checkpoints.config_claims import claimed_format, compare_claims
-from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.formats import FORMATS, Format, Spec
 from edgetool.checkpoints.packing import unpack_rows, words_per_row
 from edgetool.checkpoints.tensor_file import TensorInfo
 from edgetool.errors import BadInput
@@ -133,13 +133,25 @@ def detect(
 
 def read_linear(checkpoint: Source, module: str, found: QuantizationFound) -> QuantizedLinear:
     """One quantised linear of `checkpoint` in canonical form. `module` is one of `found.modules`."""
+    target, spec = _format_of(found, module)
+    return target.read(_read_suffixes(checkpoint, module, target.suffixes), spec, module)
+
+
+def read_zeros(checkpoint: Source, module: str, found: QuantizationFound) -> Array:
+    """The zeros of that linear, uint8 [out_features, n_groups], without reading its codes where that can be done."""
+    target, spec = _format_of(found, module)
+    return target.zeros(_read_suffixes(checkpoint, module, target.zeros_suffixes(spec)), spec, module)
+
+
+def _format_of(found: QuantizationFound, module: str) -> tuple[Format, Spec]:
     layout = found.layouts[module]
     name = found.format if layout.kind == "gptq" and found.format in ("gptq", "gptq_v2") else layout.kind
-    target = FORMATS[name]
-    names = {suffix: f"{module}.{suffix}" for suffix in target.suffixes}
-    arrays = {suffix: checkpoint.read(full) for suffix, full in names.items() if full in checkpoint.tensors}
-    spec = Spec(bits=layout.bits, group_size=layout.group_size, sym=found.sym, desc_act=not layout.g_idx_trivial)
-    return target.read(arrays, spec, module)
+    return FORMATS[name], Spec(layout.bits, layout.group_size, found.sym, not layout.g_idx_trivial)
+
+
+def _read_suffixes(checkpoint: Source, module: str, suffixes: Sequence[str]) -> dict[str, Array]:
+    names = {suffix: f"{module}.{suffix}" for suffix in suffixes}
+    return {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.tensors}
 
 
 def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: Read) -> ModuleLayout:

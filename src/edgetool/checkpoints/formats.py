@@ -51,6 +51,12 @@ class Format(Protocol):
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         """The layer that `tensors` (suffix -> array; uint16 means bfloat16 bits) holds. Raises BadInput naming it."""
 
+    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
+        """uint8 [out_features, n_groups] as `read` gives them, where only `zeros_suffixes` of the layer are at hand."""
+
+    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
+        """What `zeros` needs: not the codes, where it can do without."""
+
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         """Suffix -> array (uint16 means bfloat16 bits). Raises BadInput where `refusal` has a reason."""
 
@@ -83,6 +89,13 @@ class _Gptq:
 
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return gptq_format.read(tensors, spec.bits, 2 - self.version, group_size=spec.group_size, name=name)
+
+    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
+        out_features = int(tensors["scales"].shape[1])
+        return gptq_format.read_zeros(tensors["qzeros"], spec.bits, out_features, 2 - self.version)
+
+    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
+        return ("qzeros", "scales")
 
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         _raise(_sym_refusal(linear, spec), name)
@@ -128,6 +141,12 @@ class _Awq:
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return awq_format.read(tensors, group_size=spec.group_size, name=name)
 
+    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
+        return awq_format.read_zeros(tensors["qzeros"])
+
+    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
+        return ("qzeros",)
+
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         return awq_format.write(linear, name)
 
@@ -161,6 +180,16 @@ class _CompressedTensors:
 
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return compressed_tensors_format.read(tensors, spec.bits, group_size=spec.group_size, name=name)
+
+    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
+        if spec.bits == 3:
+            return self.read(tensors, spec, name).zeros
+        shape = tensors["weight_scale"].shape
+        return compressed_tensors_format.read_zeros(tensors.get("weight_zero_point"), spec.bits, shape, name=name)
+
+    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
+        # the codes' words tell which of the two 3-bit layouts it is
+        return self.suffixes if spec.bits == 3 else ("weight_scale", "weight_zero_point")
 
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         return compressed_tensors_format.write(linear, spec.sym, name)

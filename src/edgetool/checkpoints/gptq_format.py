@@ -62,11 +62,7 @@ def read(
         raise BadInput(f"g_idx is {g_idx.dtype} {g_idx.shape}; must be int32 {(in_features,)}{_of(name)}")
     size = _group_size(group_size, in_features, groups, g_idx, name)
     codes = unpack_rows(qweight.T, bits, in_features)
-    zeros = np.empty((out_features, groups), dtype=np.uint8)
-    unpack_rows(qzeros, bits, out_features, out=zeros.T)
-    if zero_offset:
-        zeros += np.uint8(zero_offset)
-        zeros &= np.uint8((1 << bits) - 1)
+    zeros = read_zeros(qzeros, bits, out_features, zero_offset)
     linear = QuantizedLinear(
         codes=codes,
         scales=np.ascontiguousarray(scales.T),
@@ -78,6 +74,16 @@ def read(
     )
     linear.validate(name)
     return linear
+
+
+def read_zeros(qzeros: Array, bits: int, out_features: int, zero_offset: int) -> Array:
+    """uint8 [out_features, n_groups] from `qzeros`, with `zero_offset` (1 for version 1, 0 for version 2) added."""
+    zeros = np.empty((out_features, qzeros.shape[0]), dtype=np.uint8)
+    unpack_rows(qzeros, bits, out_features, out=zeros.T)
+    if zero_offset:
+        zeros += np.uint8(zero_offset)
+        zeros &= np.uint8((1 << bits) - 1)
+    return zeros
 
 
 def write(linear: QuantizedLinear, version: int = 1, name: str = "") -> dict[str, Array]:
