@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetool.artifacts import atomic_write, disk_errors
+from edgetool.artifacts import disk_errors
 from edgetool.checkpoints.checkpoint import shard_index, write_index
+from edgetool.checkpoints.config_files import sections, set_dtype, spell_rope_twice, write_config
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorFileWriter, TensorInfo, iter_chunks, read_header
 from edgetool.progress import Progress
 from edgetool.quantizers.engine import HEAD_FILE, Job, layer_file
@@ -97,33 +98,10 @@ def _write_config(job: Job) -> None:
     if any(f"{_VISION}." in name for name in checkpoint.tensors):
         ignore.append(_VISION)
     quantization = job.format.quantization_config(job.spec, ignore)
-    config["quantization_config"] = quantization
-    dtype = {"F16": "float16", "BF16": "bfloat16"}[job.dtype]
-    sections = [config] + [config[key] for key in ("text_config", "vision_config") if isinstance(config.get(key), dict)]
-    for section in sections:
-        for key in ("dtype", "torch_dtype"):  # transformers 5 reads the first, older programs the second
-            if section is config or key in section:
-                section[key] = dtype
-        _spell_rope_twice(section)
+    set_dtype(config, job.dtype)
+    spell_rope_twice(config)
     if job.quantize_lm_head:
         config["tie_word_embeddings"] = False
-        for section in sections[1:]:
+        for section in sections(config)[1:]:
             section.pop("tie_word_embeddings", None)
-    _write_json(job.directory / "config.json", config)
-    if job.format.side_config is not None:
-        _write_json(job.directory / job.format.side_config, quantization)
-
-
-def _spell_rope_twice(section: dict[str, Any]) -> None:
-    """transformers 5 writes rope_parameters, which older programs ignore and then take the wrong base."""
-    parameters = section.get("rope_parameters")
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return
-    section.setdefault("rope_theta", parameters["rope_theta"])
-    kind = parameters.get("rope_type", "default")
-    if kind != "default" and "rope_scaling" not in section:
-        section["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    atomic_write(path, (json.dumps(document, indent=2) + "\n").encode())
+    write_config(job.directory, config, quantization, job.format.side_config)

@@ -19,6 +19,7 @@ from edgetool.models.architectures import map_layers
 from edgetool.models.streamed import StreamedModel, load_tokenizer
 from edgetool.progress import Progress, Task
 from edgetool.quantizers.storage import storage_chunks, stored_dtype_of
+from edgetool.runs import memory_peak_bytes
 
 QUESTION = "What is the capital of France?"
 SMOKE_TOKENS = 16
@@ -173,13 +174,6 @@ def _spare_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     return max(0, memory_peak_bytes() - psutil.Process().memory_info().rss) * 3 // 4
-
-
-def memory_peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gpu_peak_bytes(device: torch.device) -> int | None:

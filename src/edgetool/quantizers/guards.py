@@ -1,11 +1,8 @@
-"""What stands around a run: what is refused before it starts, how it is stopped, what a failure leaves behind."""
+"""What stands around a run: what is refused before it starts, what a failure leaves behind."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ from edgetool.checkpoints.config_claims import claimed_quantization
 from edgetool.checkpoints.detect import detect
 from edgetool.config import QuantizeConfig
 from edgetool.errors import BadInput, MissingDependency, Stopped
-from edgetool.quantizers.ledger import layers_done, refuse_difference
+from edgetool.ledger import count_records, refuse_difference
 
 _NOT_IDENTITY = {"model", "output", "resume", "overwrite", "dry_run", "revision", "threads"}
 """Settings that do not decide what is written; the model counts by its files."""
@@ -50,19 +47,6 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def refuse_overlap(out: OutputDirectory, inputs: list[Path]) -> None:
-    """Raise BadInput where writing the output could touch the model: one inside the other, or both the same."""
-    for path in inputs:
-        if not path.exists():
-            continue
-        model = path.resolve()
-        for place in (out.output.resolve(), out.partial.resolve()):
-            if place == model or model in place.parents or place in model.parents:
-                raise BadInput(
-                    f"output {out.output} and model {path} must not lie in one another", "choose another --output"
-                )
-
-
 def input_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """File name -> SHA-256 of every file that is read: weights, config.json, tokenizer and what goes with them."""
     others = [checkpoint.directory / CONFIG_NAME, *checkpoint.side_files]
@@ -86,29 +70,6 @@ def nothing_worthless_kept(out: OutputDirectory, ledger: Path) -> Iterator[None]
     except Stopped:
         raise
     except BaseException:
-        if not before and not layers_done(ledger):
+        if not before and not count_records(ledger, "layer"):
             out.discard()
         raise
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual. Only the main thread can catch signals."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, _: Any) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-        os.write(2, b"stopping after the step at hand; again to stop at once\n")  # print() is not reentrant
-
-    try:
-        for number in before:
-            signal.signal(number, ask)
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

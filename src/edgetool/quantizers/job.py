@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import threading
 import time
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from edgetool.quantizers.guards import (
     need_torch,
     nothing_worthless_kept,
     refuse_other_run,
-    refuse_overlap,
     refuse_quantized,
-    stop_requests,
 )
 from edgetool.quantizers.recipe import Recipe
+from edgetool.runs import memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 SCHEMA = "edgetool.quantize/1"
 LEDGER_NAME = "ledger.jsonl"
@@ -267,7 +265,7 @@ class _Run:
         verified: dict[str, Any],
         smoke: dict[str, Any],
     ) -> dict[str, Any]:
-        from edgetool.quantizers.audit import gpu_peak_bytes, memory_peak_bytes
+        from edgetool.quantizers.audit import gpu_peak_bytes
 
         config, prepared = self.config, self.prepared
         warnings = [
@@ -319,7 +317,7 @@ class _Run:
             "config": json.loads(config.model_dump_json()),
             "compute": {"device": str(prepared.device), "dtype": str(model.compute_dtype).removeprefix("torch.")},
             "seed": config.seed,
-            "tools": tool_versions(),
+            "tools": tool_versions("torch", "transformers", "tokenizers", "numpy"),
             "modules": reports,
             "verified": verified,
             "files": output.sha256(),
@@ -332,16 +330,3 @@ def _names_that_may_change(model: Any, output: Checkpoint, recipe: Recipe) -> se
     if recipe.awq_scaling:
         return within
     return {name for name in within if name.endswith(".bias")} if recipe.bias_correction else set()
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what took part."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"edgetool": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

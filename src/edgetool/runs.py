@@ -1,0 +1,73 @@
+"""What every long run needs around its work: a place that is not its input, an orderly stop, facts for its report.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgetool import __version__
+from edgetool.artifacts import OutputDirectory
+from edgetool.errors import BadInput
+
+
+def refuse_overlap(out: OutputDirectory, inputs: list[Path]) -> None:
+    """Raise BadInput where writing the output could touch the model: one inside the other, or both the same."""
+    for path in inputs:
+        if not path.exists():
+            continue
+        model = path.resolve()
+        for place in (out.output.resolve(), out.partial.resolve()):
+            if place == model or model in place.parents or place in model.parents:
+                raise BadInput(
+                    f"output {out.output} and model {path} must not lie in one another", "choose another --output"
+                )
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual. Only the main thread can catch signals."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+        os.write(2, b"stopping after the step at hand; again to stop at once\n")  # print() is not reentrant
+
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def memory_peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """Versions of edgetool, Python and those of `packages` that are installed."""
+    versions = {"edgetool": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
