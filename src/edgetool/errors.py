@@ -5,22 +5,25 @@ Standard library only: this module is imported by everything.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class EdgetoolError(Exception):
     """A failure with one clear sentence and, where there is one, the next command to type.
 
     `message` says what was wrong with its value, what was required, and where.
-    `hint` is what to do about it. The class decides the process's exit code.
+    `hint` is what to do about it. The class decides the process's exit code. `details` are further fields of the
+    failure document that `--json` prints, JSON values by name.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = dict(details or {})
 
     @property
     def type_name(self) -> str:
