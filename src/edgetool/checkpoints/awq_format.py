@@ -12,20 +12,20 @@ linears), not here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.checkpoints.canonical import QuantizedLinear
-from edgetool.checkpoints.packing import pack_rows, unpack_rows
+from edgetool.checkpoints.awq_words import ORDER, from_awq, to_awq
+from edgetool.checkpoints.canonical import QuantizedLinear, absent_codes
+from edgetool.checkpoints.packing import pack_rows, unpack_rows, words_per_row
 from edgetool.checkpoints.scale_storage import loaded_scales, stored_scales
 from edgetool.errors import BadInput
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 BITS = 4
-_BLOCK_ROWS = 256
-_BLOCK_WORDS = 1 << 16  # 256 KiB at a time, so that the temporaries of the nibble shuffle stay in cache
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +36,11 @@ def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str 
     group_size: channels a group, or -1 for one group; only needed where the last group is short.
     Raises BadInput, naming `name`, when a tensor is missing or its shape or dtype does not fit the others.
     """
+    return replace(read_rest(tensors, group_size, name), codes=_unpacked(tensors["qweight"]))
+
+
+def read_rest(tensors: Mapping[str, Array], group_size: int | None = None, name: str = "") -> QuantizedLinear:
+    """What `read` gives, checked as there, but with `absent_codes`."""
     where = f" ({name})" if name else ""
     for suffix in SUFFIXES:
         if suffix not in tensors:
@@ -59,7 +64,7 @@ def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str 
     if size < 1 or -(-in_features // size) != groups:
         raise BadInput(f"{groups} groups for in_features {in_features} and group_size {size}{where}")
     linear = QuantizedLinear(
-        codes=_unpacked(qweight),
+        codes=absent_codes(out_features, in_features),
         scales=np.ascontiguousarray(scales.T),
         zeros=read_zeros(qzeros),
         g_idx=None,
@@ -73,7 +78,9 @@ def read(tensors: Mapping[str, Array], group_size: int | None = None, name: str 
 
 def read_zeros(qzeros: Array) -> Array:
     """uint8 [out_features, n_groups] from `qzeros`."""
-    return _unpacked(qzeros)
+    zeros = np.empty((8 * qzeros.shape[1], qzeros.shape[0]), dtype=np.uint8)
+    unpack_rows(qzeros, BITS, zeros.shape[0], out=zeros.T)
+    return _reordered(zeros, np.argsort(ORDER))
 
 
 def write(linear: QuantizedLinear, name: str = "") -> dict[str, Array]:
@@ -81,12 +88,17 @@ def write(linear: QuantizedLinear, name: str = "") -> dict[str, Array]:
 
     Raises BadInput, naming `name`, for what `refusal` refuses.
     """
+    rest = write_rest(linear, name)
+    return {"qweight": _packed(linear.codes), **rest}
+
+
+def write_rest(linear: QuantizedLinear, name: str = "") -> dict[str, Array]:
+    """What `write` gives, refused as there, but without `qweight`; the codes are not looked at."""
     reason = refusal(linear)
     if reason is not None:
         raise BadInput(f"{reason} ({name})" if name else reason)
     return {
-        "qweight": _to_awq_order(pack_rows(linear.codes.T, BITS)),
-        "qzeros": _to_awq_order(pack_rows(linear.zeros.T, BITS)),
+        "qzeros": pack_rows(_reordered(linear.zeros, ORDER).T, BITS),
         "scales": np.ascontiguousarray(stored_scales(linear).T),
     }
 
@@ -119,42 +131,24 @@ def quantization_config(*, group_size: int, ignore: Sequence[str] = ("lm_head",)
     }
 
 
-def _unpacked(words: Array) -> Array:
-    """uint8 [8 * columns, rows] of int32 [rows, columns], a block of rows at a time, without a second whole copy."""
-    values = np.empty((words.shape[1] * 8, words.shape[0]), dtype=np.uint8)
-    for start in range(0, words.shape[0], _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        unpack_rows(_from_awq_order(words[rows]), BITS, values.shape[0], out=values.T[rows])
-    return values
+def _packed(codes: Array) -> Array:
+    """int32 [in_features, out_features / 8] of uint8 [out_features, in_features]."""
+    out_features, in_features = codes.shape
+    words = pack_rows(codes, BITS)
+    packed = np.empty((8 * words.shape[1], out_features // 8), dtype=np.int32)
+    to_awq(words.T, packed)
+    return packed[:in_features]
 
 
-def _to_awq_order(words: Array) -> Array:
-    """int32 words, in place: nibbles 0..7 to the order 0, 2, 4, 6, 1, 3, 5, 7."""
-    for block in _blocks(words):
-        _swap(block, 0x00F000F0, 4)
-        _swap(block, 0x0000FF00, 8)
-    return words
+def _unpacked(packed: Array) -> Array:
+    """uint8 [out_features, in_features] of int32 [in_features, out_features / 8]."""
+    in_features, out_features = packed.shape[0], 8 * packed.shape[1]
+    words = np.empty((out_features, words_per_row(in_features, BITS)), dtype=np.int32)
+    whole = np.pad(packed, ((0, -in_features % 8), (0, 0))) if in_features % 8 else np.ascontiguousarray(packed)
+    from_awq(whole, words.T)
+    return unpack_rows(words, BITS, in_features)
 
 
-def _from_awq_order(words: Array) -> Array:
-    """A copy of int32 words with nibbles back in channel order."""
-    words = np.array(words, order="C")
-    for block in _blocks(words):
-        _swap(block, 0x0000FF00, 8)
-        _swap(block, 0x00F000F0, 4)
-    return words
-
-
-def _blocks(words: Array) -> list[Array]:
-    flat = words.reshape(-1).view(np.uint32)
-    return [flat[start : start + _BLOCK_WORDS] for start in range(0, flat.size, _BLOCK_WORDS)]
-
-
-def _swap(words: Array, mask: int, shift: int) -> None:
-    """Exchange, in place, the bits under `mask` with those `shift` places above them."""
-    different = np.right_shift(words, np.uint32(shift))
-    different ^= words
-    different &= np.uint32(mask)
-    words ^= different
-    different <<= np.uint32(shift)
-    words ^= different
+def _reordered(zeros: Array, order: Sequence[int] | Array) -> Array:
+    """uint8 [out_features, n_groups] with the rows of every eight in `order`."""
+    return zeros.reshape(-1, 8, zeros.shape[1])[:, order].reshape(zeros.shape)

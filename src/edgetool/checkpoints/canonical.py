@@ -126,7 +126,8 @@ class QuantizedLinear:
         if not np.isfinite(self.scales).all():
             raise refuse(f"{int((~np.isfinite(self.scales)).sum())} scales are NaN or infinite")
         top = (1 << self.bits) - 1
-        for label, array in (("code", self.codes), ("zero", self.zeros)):
+        codes = self.codes if any(self.codes.strides) else self.codes[:1, :1]
+        for label, array in (("code", codes), ("zero", self.zeros)):
             if int(array.max()) > top:
                 raise refuse(f"a {label} is {int(array.max())}; {self.bits}-bit values end at {top}")
         if self.g_idx is not None:
@@ -135,6 +136,11 @@ class QuantizedLinear:
             low, high = int(self.g_idx.min()), int(self.g_idx.max())
             if low < 0 or high >= groups:
                 raise refuse(f"g_idx holds {low if low < 0 else high}; there are groups 0..{groups - 1}")
+
+
+def absent_codes(out_features: int, in_features: int) -> Array:
+    """Stands for the codes of a layer that is read or written beside them: uint8 zeros that take one byte in all."""
+    return np.broadcast_to(np.zeros((), dtype=np.uint8), (out_features, in_features))
 
 
 def trivial_g_idx(in_features: int, group_size: int) -> Array:

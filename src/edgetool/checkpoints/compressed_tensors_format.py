@@ -17,12 +17,13 @@ bits both are the same. `weight_g_idx` is known up to 0.17; 0.19 and vLLM 0.32 r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.checkpoints.canonical import BITS, QuantizedLinear, normal_g_idx
+from edgetool.checkpoints.canonical import BITS, QuantizedLinear, absent_codes, normal_g_idx
 from edgetool.checkpoints.packing import pack_rows, unpack_rows, words_per_row
 from edgetool.checkpoints.scale_storage import loaded_scales, stored_scales
 from edgetool.errors import BadInput
@@ -41,6 +42,15 @@ def read(tensors: Mapping[str, Array], bits: int, group_size: int | None = None,
     weight_zero_point may also be int8 [out_features, n_groups] counted from -2**(bits - 1), as old releases left it.
     Raises BadInput, naming `name`, when a tensor is missing or its shape or dtype does not fit the others.
     """
+    rest = read_rest(tensors, bits, group_size, name)
+    packed, shape = tensors["weight_packed"], (rest.out_features, rest.in_features)
+    return replace(rest, codes=_unpack(packed, bits, shape, has_sparse_words(tensors, bits)))
+
+
+def read_rest(
+    tensors: Mapping[str, Array], bits: int, group_size: int | None = None, name: str = ""
+) -> QuantizedLinear:
+    """What `read` gives, checked as there, but with `absent_codes`."""
     where = f" ({name})" if name else ""
     if bits not in BITS:
         raise BadInput(f"pack-quantized with {bits} bits{where}; must be one of {', '.join(map(str, BITS))}")
@@ -55,8 +65,8 @@ def read(tensors: Mapping[str, Array], bits: int, group_size: int | None = None,
     if scales.ndim != 2 or scales.shape[0] != out_features or scales.shape[1] == 0:
         raise BadInput(f"weight_scale has shape {scales.shape}; must be [{out_features}, n_groups]{where}")
     groups = int(scales.shape[1])
-    sparse = bits == 3 and _is_sparse(packed, in_features)
-    codes = _unpack(packed, bits, (out_features, in_features), sparse, "weight_packed", where)
+    sparse = has_sparse_words(tensors, bits)
+    _check_words(packed, bits, (out_features, in_features), sparse, "weight_packed", where)
     zeros = read_zeros(tensors.get("weight_zero_point"), bits, scales.shape, sparse, name)
     g_idx = tensors.get("weight_g_idx")
     if g_idx is not None:
@@ -68,7 +78,7 @@ def read(tensors: Mapping[str, Array], bits: int, group_size: int | None = None,
     if size < 1 or -(-in_features // size) != groups:
         raise BadInput(f"{groups} groups for in_features {in_features} and group_size {size}{where}")
     linear = QuantizedLinear(
-        codes=codes,
+        codes=absent_codes(out_features, in_features),
         scales=scales,
         zeros=zeros,
         g_idx=normal_g_idx(g_idx, in_features, size),
@@ -90,7 +100,9 @@ def read_zeros(stored: Array | None, bits: int, shape: tuple[int, ...], sparse: 
     if stored.dtype == np.int8 and stored.shape == shape:
         return (stored.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     where = f" ({name})" if name else ""
-    columns = _unpack(stored.T, bits, (shape[1], shape[0]), sparse, "weight_zero_point transposed", where)
+    transposed = (shape[1], shape[0])
+    _check_words(stored.T, bits, transposed, sparse, "weight_zero_point transposed", where)
+    columns = _unpack(stored.T, bits, transposed, sparse)
     return np.ascontiguousarray(columns.T)
 
 
@@ -101,11 +113,16 @@ def write(linear: QuantizedLinear, sym: bool | None = None, name: str = "") -> d
     symmetric, since readers expect it in every layer. None decides by the layer.
     Raises BadInput, naming `name`, for what `refusal` refuses.
     """
+    rest = write_rest(linear, sym, name)
+    return {"weight_packed": pack_rows(linear.codes, linear.bits), **rest}
+
+
+def write_rest(linear: QuantizedLinear, sym: bool | None = None, name: str = "") -> dict[str, Array]:
+    """What `write` gives, refused as there, but without `weight_packed`; the codes are not looked at."""
     reason = refusal(linear, sym)
     if reason is not None:
         raise BadInput(f"{reason} ({name})" if name else reason)
     tensors = {
-        "weight_packed": pack_rows(linear.codes, linear.bits),
         "weight_scale": np.ascontiguousarray(stored_scales(linear)),
         "weight_shape": np.array(linear.codes.shape, dtype=np.int64),
     }
@@ -163,24 +180,31 @@ def quantization_config(
     }
 
 
-def _is_sparse(words: Array, count: int) -> bool:
+def has_sparse_words(tensors: Mapping[str, Array], bits: int) -> bool:
     """Whether 3-bit words are 0.17's: by their number, or where both kinds have as many, by the idle bits."""
+    if bits != 3:
+        return False
+    words, count = tensors["weight_packed"], int(tensors["weight_shape"][1])
     dense, sparse = words_per_row(count, 3), -(-count // 10)
     if dense != sparse:
         return words.ndim == 2 and words.shape[1] == sparse
     return not bool(np.any(words.view(np.uint32) >> 30)) if words.dtype == np.int32 else False
 
 
-def _unpack(words: Array, bits: int, shape: tuple[int, int], sparse: bool, label: str, where: str) -> Array:
-    """uint8 `shape` from dense words, or from words that hold whole codes only."""
+def _check_words(words: Array, bits: int, shape: tuple[int, int], sparse: bool, label: str, where: str) -> None:
     rows, count = shape
-    per_word = 32 // bits
-    width = -(-count // per_word) if sparse else words_per_row(count, bits)
+    width = -(-count // (32 // bits)) if sparse else words_per_row(count, bits)
     if words.dtype != np.int32 or words.shape != (rows, width):
         raise BadInput(f"{label} is {words.dtype} {words.shape}; must be int32 {(rows, width)}{where}")
+
+
+def _unpack(words: Array, bits: int, shape: tuple[int, int], sparse: bool) -> Array:
+    """uint8 `shape` from dense words, or from words that hold whole codes only."""
+    rows, count = shape
     if not sparse:
         return unpack_rows(words, bits, count)
-    codes = np.empty((rows, width * per_word), dtype=np.uint8)
+    per_word = 32 // bits
+    codes = np.empty((rows, words.shape[1] * per_word), dtype=np.uint8)
     for position in range(per_word):
         codes[:, position::per_word] = (words >> (bits * position)) & ((1 << bits) - 1)
     return np.ascontiguousarray(codes[:, :count])

@@ -51,6 +51,12 @@ class Format(Protocol):
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         """The layer that `tensors` (suffix -> array; uint16 means bfloat16 bits) holds. Raises BadInput naming it."""
 
+    def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
+        """What `read` gives, checked as there, but with `absent_codes`: for those who move the packed words alone."""
+
+    def write_rest(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
+        """What `write` gives, refused as there, but without the packed codes (the first of `suffixes`)."""
+
     def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
         """uint8 [out_features, n_groups] as `read` gives them, where only `zeros_suffixes` of the layer are at hand."""
 
@@ -90,6 +96,9 @@ class _Gptq:
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return gptq_format.read(tensors, spec.bits, 2 - self.version, group_size=spec.group_size, name=name)
 
+    def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
+        return gptq_format.read_rest(tensors, spec.bits, 2 - self.version, group_size=spec.group_size, name=name)
+
     def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
         out_features = int(tensors["scales"].shape[1])
         return gptq_format.read_zeros(tensors["qzeros"], spec.bits, out_features, 2 - self.version)
@@ -100,6 +109,10 @@ class _Gptq:
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         _raise(_sym_refusal(linear, spec), name)
         return gptq_format.write(linear, self.version, name)
+
+    def write_rest(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
+        _raise(_sym_refusal(linear, spec), name)
+        return gptq_format.write_rest(linear, self.version, name)
 
     def layout(self, out_features: int, in_features: int, spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
         groups = _groups(in_features, spec)
@@ -141,6 +154,9 @@ class _Awq:
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return awq_format.read(tensors, group_size=spec.group_size, name=name)
 
+    def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
+        return awq_format.read_rest(tensors, group_size=spec.group_size, name=name)
+
     def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
         return awq_format.read_zeros(tensors["qzeros"])
 
@@ -149,6 +165,9 @@ class _Awq:
 
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         return awq_format.write(linear, name)
+
+    def write_rest(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
+        return awq_format.write_rest(linear, name)
 
     def layout(self, out_features: int, in_features: int, spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
         groups = _groups(in_features, spec)
@@ -181,6 +200,9 @@ class _CompressedTensors:
     def read(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return compressed_tensors_format.read(tensors, spec.bits, group_size=spec.group_size, name=name)
 
+    def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
+        return compressed_tensors_format.read_rest(tensors, spec.bits, group_size=spec.group_size, name=name)
+
     def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
         if spec.bits == 3:
             return self.read(tensors, spec, name).zeros
@@ -193,6 +215,9 @@ class _CompressedTensors:
 
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         return compressed_tensors_format.write(linear, spec.sym, name)
+
+    def write_rest(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
+        return compressed_tensors_format.write_rest(linear, spec.sym, name)
 
     def layout(self, out_features: int, in_features: int, spec: Spec) -> dict[str, tuple[str, tuple[int, ...]]]:
         groups = _groups(in_features, spec)

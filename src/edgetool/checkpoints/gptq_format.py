@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.checkpoints.canonical import BITS, QuantizedLinear, normal_g_idx
+from edgetool.checkpoints.canonical import BITS, QuantizedLinear, absent_codes, normal_g_idx
 from edgetool.checkpoints.packing import pack_rows, unpack_rows, words_per_row
 from edgetool.checkpoints.scale_storage import loaded_scales, stored_scales
 from edgetool.errors import BadInput
@@ -38,6 +39,14 @@ def read(
     A stored version 1 zero of 2**bits - 1 reads as 0 (AutoGPTQ's mask), field by field.
     Raises BadInput, naming `name`, when a tensor is missing or its shape or dtype does not fit the others.
     """
+    rest = read_rest(tensors, bits, zero_offset, group_size, name)
+    return replace(rest, codes=unpack_rows(tensors["qweight"].T, bits, rest.in_features))
+
+
+def read_rest(
+    tensors: Mapping[str, Array], bits: int, zero_offset: int, group_size: int | None = None, name: str = ""
+) -> QuantizedLinear:
+    """What `read` gives, checked as there, but with `absent_codes`."""
     qweight, qzeros = (_words(tensors, suffix, name) for suffix in ("qweight", "qzeros"))
     if bits not in BITS:
         raise BadInput(f"GPTQ with {bits} bits{_of(name)}; must be one of {', '.join(map(str, BITS))}")
@@ -61,10 +70,9 @@ def read(
     if g_idx is not None and (g_idx.shape != (in_features,) or g_idx.dtype != np.int32):
         raise BadInput(f"g_idx is {g_idx.dtype} {g_idx.shape}; must be int32 {(in_features,)}{_of(name)}")
     size = _group_size(group_size, in_features, groups, g_idx, name)
-    codes = unpack_rows(qweight.T, bits, in_features)
     zeros = read_zeros(qzeros, bits, out_features, zero_offset)
     linear = QuantizedLinear(
-        codes=codes,
+        codes=absent_codes(out_features, in_features),
         scales=np.ascontiguousarray(scales.T),
         zeros=zeros,
         g_idx=normal_g_idx(g_idx, in_features, size),
@@ -91,21 +99,24 @@ def write(linear: QuantizedLinear, version: int = 1, name: str = "") -> dict[str
 
     Raises BadInput, naming `name`, for what `refusal` refuses.
     """
+    rest = write_rest(linear, version, name)
+    qweight = np.empty((words_per_row(linear.in_features, linear.bits), linear.out_features), dtype=np.int32)
+    pack_rows(linear.codes, linear.bits, out=qweight.T)
+    return {"qweight": qweight, **rest}
+
+
+def write_rest(linear: QuantizedLinear, version: int = 1, name: str = "") -> dict[str, Array]:
+    """What `write` gives, refused as there, but without `qweight`; the codes are not looked at."""
     if version not in (1, 2):
         raise ValueError(f"GPTQ version {version}; must be 1 or 2")
     reason = refusal(linear, version)
     if reason is not None:
         raise BadInput(f"{reason}{_of(name)}")
-    bits = linear.bits
-    width = words_per_row(linear.in_features, bits)
-    qweight = np.empty((width, linear.out_features), dtype=np.int32)
-    pack_rows(linear.codes, bits, out=qweight.T)
     zeros = linear.zeros.T
     if version == 1:
         zeros = zeros - np.uint8(1)
     return {
-        "qweight": qweight,
-        "qzeros": pack_rows(zeros, bits),
+        "qzeros": pack_rows(zeros, linear.bits),
         "scales": np.ascontiguousarray(stored_scales(linear).T),
         "g_idx": np.ascontiguousarray(linear.group_index()),
     }
