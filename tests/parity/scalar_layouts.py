@@ -69,3 +69,69 @@ def compressed_weight(t, bits: int, group_size: int, o: int, i: int) -> np.float
 def whole(weight, out_features: int, in_features: int) -> np.ndarray:
     """float32 [out_features, in_features] from `weight(o, i)`."""
     return np.array([[weight(o, i) for i in range(in_features)] for o in range(out_features)], dtype=np.float32)
+
+
+# --- writing: what a layer of plain integers looks like in each format
+
+
+def put(words: list[int], index: int, bits: int, value: int) -> None:
+    """Set field `index` of a stream of fields; a field may cross from one word into the next."""
+    for bit in range(bits):
+        place = bits * index + bit
+        words[place // 32] |= (value >> bit & 1) << (place % 32)
+
+
+def _array(rows: list[list[int]]) -> np.ndarray:
+    return np.array([[value - (1 << 32) if value >> 31 else value for value in row] for row in rows], dtype=np.int32)
+
+
+def _stream(rows: list[list[int]], bits: int) -> list[list[int]]:
+    """Each row of fields as words."""
+    packed = []
+    for row in rows:
+        words = [0] * -(-len(row) * bits // 32)
+        for index, value in enumerate(row):
+            put(words, index, bits, value)
+        packed.append(words)
+    return packed
+
+
+def _turned(rows: list[list[int]]) -> list[list[int]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def gptq_tensors(codes, zeros, scales, g_idx, bits: int, version: int) -> dict[str, np.ndarray]:
+    """codes [out][in], zeros [out][groups], g_idx [in] as lists; scales [out, groups] as stored."""
+    stored = [[(zero - 1) % (1 << bits) if version == 1 else zero for zero in row] for row in zeros]
+    return {
+        "qweight": _array(_turned(_stream(codes, bits))),
+        "qzeros": _array(_stream(_turned(stored), bits)),
+        "scales": np.array(scales.T, order="C"),
+        "g_idx": np.array(g_idx, dtype=np.int32),
+    }
+
+
+def awq_tensors(codes, zeros, scales) -> dict[str, np.ndarray]:
+    def shuffled(rows: list[list[int]]) -> np.ndarray:
+        moved = [[row[8 * (k // 8) + AWQ_ORDER[k % 8]] for k in range(len(row))] for row in rows]
+        return _array(_stream(moved, 4))
+
+    return {
+        "qweight": shuffled(_turned(codes)),
+        "qzeros": shuffled(_turned(zeros)),
+        "scales": np.array(scales.T, order="C"),
+    }
+
+
+def compressed_tensors(codes, zeros, scales, g_idx, bits: int, sym: bool) -> dict[str, np.ndarray]:
+    """g_idx None: no activation order."""
+    tensors = {
+        "weight_packed": _array(_stream(codes, bits)),
+        "weight_scale": np.array(scales, order="C"),
+        "weight_shape": np.array([len(codes), len(codes[0])], dtype=np.int64),
+    }
+    if not sym:
+        tensors["weight_zero_point"] = _array(_turned(_stream(_turned(zeros), bits)))
+    if g_idx is not None:
+        tensors["weight_g_idx"] = np.array(g_idx, dtype=np.int32)
+    return tensors
