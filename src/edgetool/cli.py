@@ -148,11 +148,11 @@ def edgetool(
 app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
+app.command("compile-vcu128")(compile_vcu128.compile_vcu128)
 for _name, _function in {
     "convert": convert.convert,
     "eval": eval.eval,
     "serve-gpu": serve_gpu.serve_gpu,
-    "compile-vcu128": compile_vcu128.compile_vcu128,
     "serve-fpga": serve_fpga.serve_fpga,
     "gpus": gpus.gpus,
 }.items():

@@ -186,6 +186,57 @@ class DemoConfig(Section):
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
 
 
+class CompileConfig(Section):
+    """Settings of `edgetool compile-vcu128`."""
+
+    model: str = setting(
+        "", "quantised checkpoint: directory, .gguf file, hf:org/name or ms:org/name", "a model", option="MODEL"
+    )
+    output: HomePath = setting(
+        Path(), "directory to write, which must not exist (with --extract: a file)", "a directory or file"
+    )
+    profile: Literal["edgellm", "sim"] = setting(
+        "sim", "format: edgellm = the board's as it is, sim = a superset for the simulator", "edgellm or sim"
+    )
+    max_context: Count | None = setting(
+        None, "tokens the KV cache has room for (default: 2048, or what the model was trained for)", "a number"
+    )
+    lm_head: Literal["rtn4", "fp16"] | None = setting(
+        None, "how an output matrix is stored that is not quantised: rounded to 4 bits, or fp16 (sim)", "rtn4 or fp16"
+    )
+    int4: Literal["twos", "signmag"] = setting(
+        "twos", "bits of a weight: two's complement, or sign and magnitude (older bitstreams)", "twos or signmag"
+    )
+    bits: Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)] | None = setting(
+        None, "bits the checkpoint must have (default: as it is)", "2, 3, 4 or 8"
+    )
+    group_size: Annotated[Literal[-1, 32, 64, 128], BeforeValidator(_whole)] | None = setting(
+        None, "group size the checkpoint must have, or with --requant gets (default: as it is)", "-1, 32, 64 or 128"
+    )
+    desc_act: bool | None = setting(
+        None, "whether the checkpoint must be in activation order (default: as it is)", "true or false"
+    )
+    requant: Literal["sym"] | None = setting(
+        None, "round weights again that the profile cannot hold, to symmetric groups; costs accuracy", "sym"
+    )
+    emit: Literal["image", "edgellm-tree", "both"] | None = setting(
+        None,
+        "the image, the file tree of EdgeLLM's tools, or both (default: both for edgellm, else image)",
+        "image, edgellm-tree or both",
+    )
+    jobs: Count | None = setting(None, "matrices packed at once (default: one per core)", "a number of at least 1")
+    inspect: HomePath | None = setting(None, "describe this image and check every hash", "an image")
+    diff: tuple[HomePath, HomePath] | None = setting(None, "compare two images", "two images")
+    extract: str | None = setting(None, "write this matrix of the image MODEL to --output, dequantised", "a name")
+    verify: str | None = setting(None, "compare the image MODEL with this checkpoint, element by element", "a model")
+    push: HomePath | None = setting(None, "write this image to --device and read it back", "an image")
+    device: HomePath | None = setting(None, "XDMA device to push to, e.g. /dev/xdma0_h2c_0", "a device or empty file")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
+    resume: bool = setting(False, "go on with an unfinished run of the same configuration", "true or false")
+    overwrite: bool = setting(False, "replace an existing output", "true or false")
+    dry_run: bool = setting(False, "show the plan and write nothing", "true or false")
+
+
 class Config(Section):
     """Everything edgetool can be told, a section for each command, and where each value came from."""
 
@@ -193,6 +244,7 @@ class Config(Section):
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     inspect: InspectConfig = Field(default_factory=InspectConfig)
     demo: DemoConfig = Field(default_factory=DemoConfig)
+    compile_vcu128: CompileConfig = Field(default_factory=CompileConfig)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)
     """Dotted key -> origin in words, for each value that is not the default."""
 
@@ -202,6 +254,7 @@ SECTIONS: dict[str, type[Section]] = {
     "quantize": QuantizeConfig,
     "inspect": InspectConfig,
     "demo": DemoConfig,
+    "compile_vcu128": CompileConfig,
 }
 
 

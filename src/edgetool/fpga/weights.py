@@ -1,0 +1,229 @@
+"""The weights of one matrix of the image, a block of rows at a time, whatever format the checkpoint has.
+
+Packed formats stay packed: GPTQ's words are read as a transposed view, compressed-tensors' as they are, AWQ's are
+turned into that order. Only activation order (columns move) and `--requant` unpack codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetool.checkpoints import compressed_tensors_format
+from edgetool.checkpoints.awq_words import from_awq
+from edgetool.checkpoints.canonical import QuantizedLinear
+from edgetool.checkpoints.checkpoint import Checkpoint
+from edgetool.checkpoints.detect import ModuleLayout, QuantizationFound, read_linear
+from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.packing import pack_rows
+from edgetool.checkpoints.rounding import MIDDLE, round_symmetric
+from edgetool.checkpoints.tensor_file import to_float32
+from edgetool.errors import BadInput
+from edgetool.fpga.halves import Losses, refuse_not_finite, to_half
+from edgetool.fpga.layout import MatrixLayout, count_unrepresentable, pack_fp16, pack_int4
+from edgetool.fpga.model import Linear
+
+Array = npt.NDArray[Any]
+
+_BLOCK_BYTES = 1 << 22
+"""Port bytes made at a time: they and their source stay near the caches, and memory does not grow with the matrix."""
+
+
+@dataclass(frozen=True)
+class RoundingError:
+    """How far rounding moved a matrix: RMS error over RMS weight, and the largest single error."""
+
+    relative: float
+    largest: float
+
+
+@dataclass
+class Rounded:
+    """Errors of the matrices that this run rounded itself, by name; shared by its threads."""
+
+    by_name: dict[str, RoundingError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What the writing of matrices needs beside the matrix."""
+
+    checkpoint: Checkpoint
+    found: QuantizationFound | None
+    encoding: str
+    losses: Losses
+    rounded: Rounded
+
+
+class Matrix(Protocol):
+    """One matrix of the image and where its weights come from."""
+
+    @property
+    def linear(self) -> Linear: ...
+
+    @property
+    def layout(self) -> MatrixLayout: ...
+
+    def blocks(self, jobs: Jobs) -> Iterator[Array]:
+        """Port bytes, uint8 [32, rows, row_bytes], of consecutive local rows; always cut at the same places."""
+
+
+def rows_per_block(layout: MatrixLayout) -> int:
+    """Output channels in a block, a multiple of 32."""
+    return 32 * max(1, _BLOCK_BYTES // (32 * layout.row_bytes))
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Codes of the checkpoint as they are.
+
+    row_order: int [n], which row of the linear each row of the image is, or None. column_order: int [k], which input
+    channel each is, in the order of the groups, or None.
+    """
+
+    linear: Linear
+    layout: MatrixLayout
+    row_order: Array | None = None
+    column_order: Array | None = None
+
+    def blocks(self, jobs: Jobs) -> Iterator[Array]:
+        words, scales, offsets = self._open(jobs)
+        step = rows_per_block(self.layout)
+        for start in range(0, self.layout.n, step):
+            rows: Any = slice(start, min(start + step, self.layout.n))
+            if self.row_order is not None:
+                rows = self.row_order[rows]
+            part = None if offsets is None else offsets[rows]
+            yield pack_int4(words[rows], scales[rows], part, self.layout, jobs.encoding)
+
+    def _open(self, jobs: Jobs) -> tuple[Array, Array, Array | None]:
+        """Words uint32 [n, ceil(k / 8)], scales float16 [n, groups] and offsets alike or None, of this linear alone."""
+        assert jobs.found is not None
+        module, stop = self.linear.module, self.linear.start + self.linear.n
+        layout = jobs.found.layouts[module]
+        mine = slice(self.linear.start, stop)
+        if self.column_order is not None:
+            whole = read_linear(jobs.checkpoint, module, jobs.found)
+            words = pack_rows(whole.codes[mine][:, self.column_order], 4)
+        else:
+            whole, words = _read_words(jobs, module, layout)
+            words = words[mine]
+        scales = to_half(
+            np.ascontiguousarray(whole.scales[mine]),
+            "F16" if whole.scale_dtype == "F16" else "F32",
+            f"{module}.scales",
+            jobs.losses,
+        )
+        zeros = whole.zeros[mine]
+        if not self.layout.zeros:
+            if not bool((zeros == MIDDLE).all()):
+                raise BadInput(f"{module} is asymmetric: {int((zeros != MIDDLE).sum())} zero points are not 8")
+            return words.view(np.uint32), scales, None
+        offsets = (MIDDLE - zeros.astype(np.float32)) * scales.astype(np.float32)
+        return words.view(np.uint32), scales, to_half(offsets, "F32", f"{module}.offsets", jobs.losses)
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """Weights rounded to nearest here: a matrix that is not quantised (lm_head), or quantised otherwise (`--requant`)."""
+
+    linear: Linear
+    layout: MatrixLayout
+
+    def blocks(self, jobs: Jobs) -> Iterator[Array]:
+        lowest = -MIDDLE if jobs.encoding == "twos" else 1 - MIDDLE
+        squares, errors, largest = 0.0, 0.0, 0.0
+        for weights in _weight_rows(jobs, self.linear, rows_per_block(self.layout)):
+            codes, scales = round_symmetric(weights, self.layout.group, lowest, self.linear.module)
+            steps = codes.astype(np.float32)
+            steps -= MIDDLE
+            wide = np.repeat(scales.astype(np.float32), self.layout.group, axis=1)[:, : self.layout.k]
+            steps *= wide
+            steps -= weights
+            errors += float(np.vdot(steps, steps))
+            squares += float(np.vdot(weights, weights))
+            largest = max(largest, float(np.abs(steps).max()))
+            yield pack_int4(pack_rows(codes, 4).view(np.uint32), scales, None, self.layout, jobs.encoding)
+        relative = (errors / squares) ** 0.5 if squares else 0.0
+        jobs.rounded.by_name[self.linear.name] = RoundingError(relative, largest)
+
+
+@dataclass(frozen=True)
+class HalfMatrix:
+    """A matrix kept in fp16 (`--lm-head fp16`)."""
+
+    linear: Linear
+    layout: MatrixLayout
+
+    def blocks(self, jobs: Jobs) -> Iterator[Array]:
+        name = f"{self.linear.module}.weight"
+        info = jobs.checkpoint.tensors[name]
+        for rows in _row_ranges(self.linear, rows_per_block(self.layout)):
+            yield pack_fp16(to_half(jobs.checkpoint.read_rows(name, rows), info.dtype, name, jobs.losses), self.layout)
+
+
+def _row_ranges(linear: Linear, step: int) -> Iterator[Array]:
+    stop = linear.start + linear.n
+    for first in range(linear.start, stop, step):
+        yield np.arange(first, min(first + step, stop))
+
+
+def _weight_rows(jobs: Jobs, linear: Linear, step: int) -> Iterator[Array]:
+    """float32 [rows, k], consecutive rows of the linear: as stored, or dequantised."""
+    name = f"{linear.module}.weight"
+    if jobs.found is not None and linear.module in jobs.found.layouts:
+        whole = read_linear(jobs.checkpoint, linear.module, jobs.found)
+        for rows in _row_ranges(linear, step):
+            yield _dequantized(whole, slice(int(rows[0]), int(rows[-1]) + 1))
+        return
+    info = jobs.checkpoint.tensors[name]
+    for rows in _row_ranges(linear, step):
+        stored = jobs.checkpoint.read_rows(name, rows)
+        weights = to_float32(stored, info.dtype)
+        refuse_not_finite(weights, name)
+        yield weights
+
+
+def _dequantized(whole: QuantizedLinear, rows: slice) -> Array:
+    part = replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zeros=whole.zeros[rows])
+    return part.dequantize()
+
+
+def _read_words(jobs: Jobs, module: str, layout: ModuleLayout) -> tuple[QuantizedLinear, Array]:
+    """A layer of trivial g_idx without its codes, and these as int32 [out_features, ceil(in_features / 8)]."""
+    found = jobs.found
+    assert found is not None
+    name = found.format if layout.kind == "gptq" and found.format in ("gptq", "gptq_v2") else layout.kind
+    target = FORMATS[name]
+    stored = {suffix: f"{module}.{suffix}" for suffix in target.suffixes}
+    tensors = {suffix: jobs.checkpoint.read(full) for suffix, full in stored.items() if full in jobs.checkpoint.tensors}
+    spec = Spec(bits=layout.bits, group_size=layout.group_size, sym=found.sym, desc_act=False)
+    rest = target.read_rest(tensors, spec, module)
+    packed = tensors[target.suffixes[0]]
+    if layout.kind == "compressed-tensors":
+        if compressed_tensors_format.has_sparse_words(tensors, layout.bits):
+            raise BadInput(f"{module}: 3-bit words cannot be compiled")
+        return rest, packed
+    if layout.kind == "gptq":
+        return rest, packed.T
+    if layout.in_features % 8:
+        whole = read_linear(jobs.checkpoint, module, found)
+        return whole, pack_rows(whole.codes, 4)
+    words = np.empty((layout.out_features, layout.in_features // 8), dtype=np.int32)
+    from_awq(packed, words.T)
+    return rest, words
+
+
+def unrepresentable(matrix: PackedMatrix, checkpoint: Checkpoint, found: QuantizationFound) -> int:
+    """How many weights of a packed matrix are -8."""
+    linear = matrix.linear
+    jobs = Jobs(checkpoint, found, "twos", Losses(), Rounded())
+    _, words = _read_words(jobs, linear.module, found.layouts[linear.module])
+    count = 0
+    for rows in _row_ranges(linear, rows_per_block(matrix.layout)):
+        count += count_unrepresentable(words[rows[0] : rows[-1] + 1], linear.k)
+    return count
