@@ -126,6 +126,7 @@ def blocks(result: dict[str, Any]) -> list[Block]:
 
 def _estimate(estimate: dict[str, Any]) -> list[Block]:
     from edgetool.commands import _blocks
+    from edgetool.console import Table
 
     low, high = estimate["decode_tokens_per_s"]
     rates = {
@@ -134,5 +135,12 @@ def _estimate(estimate: dict[str, Any]) -> list[Block]:
     }
     tables: list[Block] = [_blocks.facts("speed (an estimate; no board was measured)", rates)]
     if "terms" in estimate:
-        tables.append(_blocks.facts("its terms", {**estimate["formulas"], **estimate["terms"]}))
+        terms = {key.replace("_", " "): _number(value) for key, value in estimate["terms"].items()}
+        tables.append(Table("its terms", [*estimate["formulas"].items(), *terms.items()]))
     return tables
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(_number(item) for item in value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:g}"

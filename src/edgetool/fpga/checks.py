@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.artifacts import disk_errors
-from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.detect import QuantizationFound, detect
-from edgetool.checkpoints.plain_reader import PlainLinear, read_stored
-from edgetool.checkpoints.rounding import MIDDLE, round_symmetric
-from edgetool.checkpoints.tensor_file import TensorFileWriter, to_float32
-from edgetool.errors import BadInput, VerificationFailed
+from edgetool.checkpoints.tensor_file import TensorFileWriter
+from edgetool.errors import BadInput
 from edgetool.fpga.hardware import VCU128
 from edgetool.fpga.image import Image
 from edgetool.fpga.image_format import layout_of
 from edgetool.fpga.layout import unpack_fp16, unpack_int4
-from edgetool.fpga.scalar_reader import ScalarReader
 from edgetool.progress import Progress
 
 Array = npt.NDArray[Any]
@@ -177,157 +170,3 @@ def _original_order(image: Image, record: Mapping[str, Any], stored: Array) -> A
             order = image.constant(name).astype(np.int64)
             stored = np.take(stored, np.argsort(order, kind="stable"), axis=axis)
     return stored
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One matrix of the checkpoint, read by the plain reader or as plain weights."""
-
-    checkpoint: Checkpoint
-    found: QuantizationFound | None
-    encoding: str
-
-    def linear(self, module: str) -> PlainLinear | None:
-        if self.found is None or module not in self.found.layouts:
-            return None
-        layout = self.found.layouts[module]
-        kind = self.found.format if layout.kind == "gptq" else layout.kind
-        return read_stored(self.checkpoint.tensors, module, kind, layout.bits, layout.group_size)
-
-    def weights(self, module: str, rows: Array) -> Array:
-        info = self.checkpoint.tensors[f"{module}.weight"]
-        return to_float32(self.checkpoint.read_rows(info.name, rows), info.dtype)
-
-
-def verify(directory: Path, checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, Any]:
-    """Compare an image with a checkpoint, element by element, by the scalar reader and the plain reader.
-
-    Raises VerificationFailed naming the first matrix, row and column that differ, and how many matrices do.
-    """
-    image = Image.open(directory)
-    image.check_hashes(threads)
-    found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)
-    side = _Side(checkpoint, found, image.encoding)
-    ports = [image.port(pc) for pc in range(VCU128.pseudo_channels)]
-    records = list(image.manifest["tensors"])
-    failures: list[str] = []
-    elements = 0
-    with progress.task("compare", len(records), "matrices") as task, ThreadPoolExecutor(threads) as pool:
-        for record, fault in zip(
-            records, pool.map(lambda one: _compare(image, ports, one, side), records), strict=True
-        ):
-            elements += record["N"] * record["K"]
-            if fault is not None:
-                failures.append(fault)
-            task.advance(1, note=record["name"])
-    failures += _compare_embedding(image, checkpoint)
-    if failures:
-        raise VerificationFailed(
-            f"{len(failures)} of {len(records) + 1} tensors differ from {checkpoint.directory}; first: {failures[0]}",
-            "compile the checkpoint again",
-        )
-    return {
-        "image": str(directory),
-        "checkpoint": str(checkpoint.directory),
-        "tensors_compared": len(records) + 1,
-        "tensors_equal": len(records) + 1,
-        "elements_compared": elements,
-    }
-
-
-def _compare(image: Image, ports: list[Array], record: Mapping[str, Any], side: _Side) -> str | None:
-    """The first difference of one matrix, in words."""
-    name, module = record["name"], record["source"]["module"]
-    first = record["source"]["rows"][0]
-    if f"{module}.weight" not in side.checkpoint.tensors and (side.found is None or module not in side.found.layouts):
-        return f"{name}: the checkpoint has no {module}"
-    reader = ScalarReader(ports, record, image.encoding)
-    linear = side.linear(module)
-    orders = {
-        key: None if record.get("perm", {}).get(key) is None else image.constant(record["perm"][key]).astype(np.int64)
-        for key in ("rows", "columns")
-    }
-    step = max(32, _BLOCK_ELEMENTS // record["K"] // 32 * 32)
-    for start in range(0, record["N"], step):
-        here = np.arange(start, min(start + step, record["N"]))
-        there = first + (here if orders["rows"] is None else orders["rows"][here])
-        if there.max() >= _rows_of(side, module, linear):
-            return f"{name}: the checkpoint's {module} has fewer rows"
-        fault = _compare_rows(reader, record, side, linear, here, there, orders["columns"])
-        if fault is not None:
-            return f"{name} {fault}"
-    return None
-
-
-def _rows_of(side: _Side, module: str, linear: PlainLinear | None) -> int:
-    return linear.out_features if linear is not None else side.checkpoint.tensors[f"{module}.weight"].shape[0]
-
-
-def _compare_rows(
-    reader: ScalarReader, record: Mapping[str, Any], side: _Side, linear: PlainLinear | None, here: Array, there: Array,
-    columns: Array | None,
-) -> str | None:  # fmt: skip
-    stored = record["source"]["as"]
-    if record["group"] == 0:
-        wanted = side.weights(record["source"]["module"], there).astype(np.float16)
-        return _first(reader.halves(here).view(np.uint16), wanted.view(np.uint16), here, "weight")
-    if stored == "rounded":
-        weights = linear.weight(there) if linear is not None else side.weights(record["source"]["module"], there)
-        lowest = -MIDDLE if side.encoding == "twos" else 1 - MIDDLE
-        codes, scales = round_symmetric(np.ascontiguousarray(weights), record["group"], lowest)
-        zeros = np.full(scales.shape, MIDDLE, dtype=np.uint8)
-    else:
-        if linear is None:
-            return "is quantised in the image and not in the checkpoint"
-        codes, scales, zeros = linear.codes(there), linear.scales[there].astype(np.float16), linear.zeros[there]
-    if codes.shape[1] != record["K"]:
-        return f"has K {record['K']}, the checkpoint {codes.shape[1]}"
-    if columns is not None:
-        codes = codes[:, columns]
-    fault = _first(
-        reader.codes(here),
-        codes.astype(np.int8) - np.int8(MIDDLE if record["zeros"] or stored else MIDDLE),
-        here,
-        "code",
-    )
-    if fault is not None:
-        return fault
-    got_scales, got_offsets = reader.scales(here)
-    wanted_offsets = ((MIDDLE - zeros.astype(np.float32)) * scales.astype(np.float32)).astype(np.float16)
-    for what, got, wanted in (("scale", got_scales, scales), ("offset", got_offsets, wanted_offsets)):
-        if got.shape != wanted.shape:
-            return f"has {got.shape[1]} groups, the checkpoint {wanted.shape[1]}"
-        fault = _first(got, wanted, here, what)
-        if fault is not None:
-            return fault
-    spare = reader.padding(here)
-    return f"has {spare} values in its padding" if spare else None
-
-
-def _first(got: Array, wanted: Array, rows: Array, what: str) -> str | None:
-    different = got != wanted
-    if not bool(different.any()):
-        return None
-    row, column = (int(index[0]) for index in np.nonzero(different))
-    return f"row {int(rows[row])}, {what} {column}: {got[row, column]} in the image, {wanted[row, column]} in the checkpoint"
-
-
-def _compare_embedding(image: Image, checkpoint: Checkpoint) -> list[str]:
-    """The embedding on the host, row block by row block."""
-    (rows, width), name = image.manifest["embedding"]["shape"], image.manifest["embedding"]["file"]
-    matches = [
-        info
-        for tensor, info in checkpoint.tensors.items()
-        if tensor.endswith(("embed_tokens.weight", "word_embeddings.weight")) and info.shape == (rows, width)
-    ]
-    if not matches:
-        return [f"embedding: the checkpoint has none of shape {[rows, width]}"]
-    stored = np.memmap(image.directory / name, dtype="<u2", mode="r", shape=(rows, width))
-    step = max(1, _BLOCK_ELEMENTS // width)
-    for start in range(0, rows, step):
-        here = np.arange(start, min(start + step, rows))
-        wide = to_float32(checkpoint.read_rows(matches[0].name, here), matches[0].dtype)
-        fault = _first(np.asarray(stored[here]), wide.astype(np.float16).view(np.uint16), here, "value")
-        if fault is not None:
-            return [f"embedding {fault}"]
-    return []

@@ -163,17 +163,17 @@ def place_in_hbm(draft: Draft) -> None:
 def place_in_ddr(draft: Draft) -> None:
     """Addresses of constants and activations."""
     model = draft.model
-    constants: list[tuple[str, str, str, tuple[int, ...]]] = []
+    constants: list[tuple[str, str, str | None, str, tuple[int, ...]]] = []
     for norm in model.all_norms():
-        constants.append((norm.name, "norm", "float16", (2, norm.channels)))
+        constants.append((norm.name, "norm", norm.tensor, "float16", (2, norm.channels)))
     for matrix in draft.matrices:
-        constants.append((f"{matrix.linear.name}.bias", "bias", "int32", (matrix.layout.padded_n,)))
+        constants.append((f"{matrix.linear.name}.bias", "bias", matrix.linear.bias, "int32", (matrix.layout.padded_n,)))
     for name, order in draft.orders.constants.items():
-        constants.append((name, "order", "uint32", order.shape))
+        constants.append((name, "order", None, "uint32", order.shape))
     half = model.rope.rotary_dim // 2
     positions = draft.hbm.kv.capacity_tokens
-    constants += [(f"rope.{part}", "table", "float16", (positions, half)) for part in ("cos", "sin")]
-    constants += [("table.silu", "table", "float16", (ENTRIES,)), ("table.exp", "table", "float16", (ENTRIES,))]
+    constants += [(f"rope.{part}", "table", None, "float16", (positions, half)) for part in ("cos", "sin")]
+    constants += [(f"table.{function}", "table", None, "float16", (ENTRIES,)) for function in ("silu", "exp")]
     draft.ddr = plan.plan_ddr(constants, buffers_of(model, draft.orders.gathers, draft.hbm.kv.capacity_tokens))
 
 

@@ -118,7 +118,8 @@ class Image:
         if name in self.tensors:
             return self.tensors[name]
         module = name.removesuffix(".weight")
-        found = [record for record in self.manifest["tensors"] if record["source"]["module"] == module]
+        found: list[Mapping[str, Any]]
+        found = [one for one in self.manifest["tensors"] if one["source"]["module"] == module]
         if len(found) == 1:
             return found[0]
         if found:

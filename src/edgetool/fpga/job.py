@@ -54,9 +54,7 @@ def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress)
     image = _image_of(config)
     if config.extract is not None:
         if config.output == Path():
-            raise UsageError(
-                "--extract needs --output FILE", f"edgetool compile-vcu128 {image} --extract NAME -o x.safetensors"
-            )
+            raise UsageError("--extract needs --output", f"edgetool compile-vcu128 {image} --extract NAME -o FILE")
         return checks.extract(image, config.extract, config.output, config.overwrite)
     if config.verify is not None:
         source = _resolve(config.verify, config, common, progress)

@@ -78,6 +78,7 @@ def manifest_of(draft: Draft, source: Mapping[str, str], segments: list[dict[str
             {
                 "name": constant.name,
                 "role": constant.role,
+                "source": constant.source,
                 "dtype": constant.dtype,
                 "shape": list(constant.shape),
                 "addr": constant.addr,

@@ -144,10 +144,11 @@ def _too_large(plan: HbmPlan, hardware: Hardware) -> BadInput:
 
 @dataclass(frozen=True)
 class Constant:
-    """An array in ddr.bin. dtype: numpy's name. addr: DMA address."""
+    """An array in ddr.bin. dtype: numpy's name. addr: DMA address. source: the checkpoint's tensor it comes from."""
 
     name: str
     role: str
+    source: str | None
     dtype: str
     shape: tuple[int, ...]
     addr: int
@@ -179,12 +180,12 @@ class DdrPlan:
 
 
 def plan_ddr(
-    constants: Iterable[tuple[str, str, str, tuple[int, ...]]],
+    constants: Iterable[tuple[str, str, str | None, str, tuple[int, ...]]],
     buffers: Sequence[tuple[str, int, str]],
     *,
     hardware: Hardware = VCU128,
 ) -> DdrPlan:
-    """Give constants (name, role, dtype, shape) and buffers (name, channels, rows) their places.
+    """Give constants (name, role, source, dtype, shape) and buffers (name, channels, rows) their places.
 
     Raises BadInput where DDR is too small even for the smallest chunk of tokens.
     """
@@ -192,9 +193,9 @@ def plan_ddr(
 
     placed: list[Constant] = []
     end = hardware.ddr_base
-    for name, role, dtype, shape in constants:
+    for name, role, source, dtype, shape in constants:
         size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
-        placed.append(Constant(name, role, dtype, shape, end, size))
+        placed.append(Constant(name, role, source, dtype, shape, end, size))
         end = align_up(end + size, hardware.ddr_alignment_bytes)
     file_bytes = end - hardware.ddr_base
     chunk = LARGEST_CHUNK_TOKENS

@@ -55,7 +55,7 @@ def push(directory: Path, device: Path, threads: int, progress: Progress) -> dic
         "image": str(directory),
         "device": str(device),
         "read_back_from": str(back),
-        "segments": len(segments),
+        "segments_written": len(segments),
         "bytes_written": total,
         "bytes_verified": total,
     }

@@ -31,7 +31,7 @@ _REFUSED = {
 class Rope:
     """How queries and keys are turned.
 
-    variant: default, linear, dynamic, yarn, llama3 or glm. style: `half` pairs channel i with i + rotary_dim / 2 (Llama),
+    variant: default, linear, dynamic, yarn, llama3 or glm. style: `half` pairs channel i with i + rotary_dim / 2,
     `interleaved` pairs 2i with 2i + 1 (GLM). rotary_dim: channels of a head that are turned; the rest pass through.
     scaling: the variant's parameters as config.json gives them. trained_context: positions the model was trained for.
     """

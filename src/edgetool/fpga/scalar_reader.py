@@ -6,7 +6,7 @@ have to be made twice to go unseen. `weight` is the formula for one element; `ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,45 +60,57 @@ class ScalarReader:
         columns = np.arange(self.record["K"])
         table = np.array([self._value(nibble) for nibble in range(16)], dtype=np.int8)
         out = np.empty((len(rows), len(columns)), dtype=np.int8)
-        shift = np.where(columns % 2, 4, 0).astype(np.uint8)
-        for index, n in enumerate(rows):
-            _, _, at_pair = self._offset(int(n), columns)
-            out[index] = table[self.ports[int(n) % 32][at_pair] >> shift & 15]
+        for port, mine, n in self._by_port(rows):
+            _, _, at_pair = self._offset(n, columns)
+            out[mine] = table[self._nibbles(port, at_pair, columns)]
         return out
 
     def scales(self, rows: Array) -> tuple[Array, Array]:
         """float16 [len(rows), groups]: scale and offset of every group (offset 0 where there are none)."""
         firsts = np.arange(0, self.record["K"], self.record["group"])
         out = np.zeros((2, len(rows), len(firsts)), dtype="<u2")
-        for index, n in enumerate(rows):
-            port = self.ports[int(n) % 32]
-            at_scale, at_offset, _ = self._offset(int(n), firsts)
-            out[0, index] = port[at_scale] | port[at_scale + 1].astype("<u2") << 8
+        for port, mine, n in self._by_port(rows):
+            at_scale, at_offset, _ = self._offset(n, firsts)
+            out[0, mine] = self._words(port, at_scale)
             if self.record["zeros"]:
-                out[1, index] = port[at_offset] | port[at_offset + 1].astype("<u2") << 8
+                out[1, mine] = self._words(port, at_offset)
         return out[0].view("<f2"), out[1].view("<f2")
 
     def halves(self, rows: Array) -> Array:
         """float16 [len(rows), K] of a matrix of plain fp16 (group 0)."""
-        columns = np.arange(self.record["K"])
-        out = np.empty((len(rows), len(columns)), dtype="<u2")
-        for index, n in enumerate(rows):
-            port = self.ports[int(n) % 32]
-            at = self.record["addr"] + int(n) // 32 * 2 * self.record["Kp"] + 2 * columns
-            out[index] = port[at] | port[at + 1].astype("<u2") << 8
+        out = np.empty((len(rows), self.record["K"]), dtype="<u2")
+        for port, mine, n in self._by_port(rows):
+            out[mine] = self._words(port, self._half_at(n, np.arange(self.record["K"])))
         return out.view("<f2")
 
     def padding(self, rows: Array) -> int:
-        """How many bytes that belong to padding of some rows are not 0: columns beyond K, scales of no group."""
-        group = self.record["group"]
+        """How many values in the columns beyond K of some rows are not 0."""
+        beyond = np.arange(self.record["K"], self.record["Kp"])
         count = 0
-        for n in rows:
-            port = self.ports[int(n) % 32]
-            beyond = np.arange(self.record["K"], self.record["Kp"])
-            if not group:
-                at = self.record["addr"] + int(n) // 32 * 2 * self.record["Kp"] + 2 * beyond
-                count += int(np.count_nonzero(port[at])) + int(np.count_nonzero(port[at + 1]))
-                continue
-            _, _, at_pair = self._offset(int(n), beyond)
-            count += int(np.count_nonzero(port[at_pair] >> np.where(beyond % 2, 4, 0).astype(np.uint8) & 15))
+        for port, _, n in self._by_port(rows):
+            if self.record["group"]:
+                count += int(np.count_nonzero(self._nibbles(port, self._offset(n, beyond)[2], beyond)))
+            else:
+                count += int(np.count_nonzero(self._words(port, self._half_at(n, beyond))))
         return count
+
+    def _by_port(self, rows: Array) -> Iterator[tuple[Array, Array, Array]]:
+        """For each port: its bytes, which of `rows` lie on it, and these as a column."""
+        for number, port in enumerate(self.ports):
+            mine = np.flatnonzero(rows % 32 == number)
+            if mine.size:
+                yield port, mine, rows[mine][:, None]
+
+    def _half_at(self, n: Array, k: Array) -> Array:
+        at: Array = self.record["addr"] + n // 32 * 2 * self.record["Kp"] + 2 * k
+        return at
+
+    @staticmethod
+    def _nibbles(port: Array, at: Array, k: Array) -> Array:
+        nibbles: Array = port[at] >> np.where(k % 2, 4, 0).astype(np.uint8) & 15
+        return nibbles
+
+    @staticmethod
+    def _words(port: Array, at: Array) -> Array:
+        words: Array = port[at] | port[at + 1].astype("<u2") << 8
+        return words

@@ -129,7 +129,7 @@ class PackedMatrix:
 
 @dataclass(frozen=True)
 class RoundedMatrix:
-    """Weights rounded to nearest here: a matrix that is not quantised (lm_head), or quantised otherwise (`--requant`)."""
+    """Weights rounded to nearest here: lm_head where it is not quantised, anything with `--requant`."""
 
     linear: Linear
     layout: MatrixLayout
