@@ -18,7 +18,7 @@ from edgetool.checkpoints.canonical import BITS, QuantizedLinear, trivial_g_idx
 from edgetool.checkpoints.config_claims import claimed_format, compare_claims
 from edgetool.checkpoints.formats import FORMATS, Format, Spec
 from edgetool.checkpoints.packing import unpack_rows, words_per_row
-from edgetool.checkpoints.tensor_file import TensorInfo
+from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorInfo
 from edgetool.errors import BadInput
 
 Array = npt.NDArray[Any]
@@ -133,23 +133,32 @@ def detect(
 
 def read_linear(checkpoint: Source, module: str, found: QuantizationFound) -> QuantizedLinear:
     """One quantised linear of `checkpoint` in canonical form. `module` is one of `found.modules`."""
-    target, spec = _format_of(found, module)
-    return target.read(_read_suffixes(checkpoint, module, target.suffixes), spec, module)
+    target, spec = module_format(found, module)
+    return target.read(read_stored(checkpoint, module, target.suffixes), spec, module)
 
 
-def read_zeros(checkpoint: Source, module: str, found: QuantizationFound) -> Array:
-    """The zeros of that linear, uint8 [out_features, n_groups], without reading its codes where that can be done."""
-    target, spec = _format_of(found, module)
-    return target.zeros(_read_suffixes(checkpoint, module, target.zeros_suffixes(spec)), spec, module)
+def read_rest(checkpoint: Source, module: str, found: QuantizationFound) -> QuantizedLinear:
+    """The same with `absent_codes`: everything but the codes, which are not read from the disk."""
+    target, spec = module_format(found, module)
+    if target.name == "compressed-tensors" and spec.bits == 3:  # whose codes tell in which of two ways they are packed
+        return target.read_rest(read_stored(checkpoint, module, target.suffixes), spec, module)
+    codes, *others = target.suffixes
+    stored = read_stored(checkpoint, module, others)
+    info = checkpoint.tensors[f"{module}.{codes}"]
+    # only their shape and dtype are looked at
+    stored[codes] = np.broadcast_to(np.zeros((), NUMPY_DTYPES[info.dtype]), info.shape)
+    return target.read_rest(stored, spec, module)
 
 
-def _format_of(found: QuantizationFound, module: str) -> tuple[Format, Spec]:
+def module_format(found: QuantizationFound, module: str) -> tuple[Format, Spec]:
+    """The format of one linear, and the specification to read it with."""
     layout = found.layouts[module]
     name = found.format if layout.kind == "gptq" and found.format in ("gptq", "gptq_v2") else layout.kind
     return FORMATS[name], Spec(layout.bits, layout.group_size, found.sym, not layout.g_idx_trivial)
 
 
-def _read_suffixes(checkpoint: Source, module: str, suffixes: Sequence[str]) -> dict[str, Array]:
+def read_stored(checkpoint: Source, module: str, suffixes: Sequence[str]) -> dict[str, Array]:
+    """Suffix -> array as stored, of those tensors of the module that are there."""
     names = {suffix: f"{module}.{suffix}" for suffix in suffixes}
     return {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.tensors}
 
