@@ -1,0 +1,85 @@
+"""Floating-point tensors in another dtype: exactly, or rounded once where that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetool.checkpoints.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
+from edgetool.converter.source import FLOAT_NAMES, PlainTensor
+from edgetool.errors import BadInput
+
+Array = npt.NDArray[Any]
+
+DTYPE_OF = {name: dtype for dtype, name in FLOAT_NAMES.items() if name in ("fp16", "bf16")}
+"""fp16 -> F16, bf16 -> BF16: the targets that are not quantised."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How many of a tensor's values another dtype does not have, and how many lie beyond its largest."""
+
+    values: int
+    rounded: int
+    overflowing: int
+
+
+def delivered_dtype(dtype: str, target: str) -> str:
+    """The dtype a tensor gets in a checkpoint of `target` (F16 or BF16): integers and the F8 kinds keep theirs."""
+    return target if dtype in FLOAT_NAMES else dtype
+
+
+def misfit(tensor: PlainTensor, target: str) -> Misfit:
+    """Read the whole tensor and count what `target` (F16 or BF16) cannot hold."""
+    values = rounded = overflowing = 0
+    for chunk in tensor.chunks():
+        wide = _wide(chunk, tensor.dtype)
+        back = _wide(_narrow(wide, target), target)
+        different = (back != wide) & ~np.isnan(wide)
+        beyond = different & np.isinf(back)
+        values += wide.size
+        rounded += int(different.sum())
+        overflowing += int(beyond.sum())
+    return Misfit(values, rounded, overflowing)
+
+
+def delivered(tensor: PlainTensor, target: str) -> PlainTensor:
+    """The same tensor with its values rounded to `target`; see `misfit` for whether that changes any."""
+    if delivered_dtype(tensor.dtype, target) == tensor.dtype:
+        return tensor
+
+    def pieces() -> Iterator[Array]:
+        for chunk in tensor.chunks():
+            yield _narrow(_wide(chunk, tensor.dtype), target)
+
+    return PlainTensor(tensor.name, target, tensor.shape, pieces)
+
+
+def rounded_weights(weights: Array, target: str, name: str) -> Array:
+    """float32 weights rounded to F16 or BF16 (uint16 bits). Raises BadInput, naming `name`, where one overflows."""
+    narrow = _narrow(weights, target)
+    finite = np.isfinite(narrow) if target == "F16" else (narrow & 0x7F80) != 0x7F80
+    if not finite.all():
+        label = FLOAT_NAMES[target]
+        count = int((~finite).sum())
+        raise BadInput(
+            f"{name}: {count} of its {weights.size} dequantised weights do not fit {label}",
+            "--to bf16 has a wider range" if target == "F16" else None,
+        )
+    return narrow
+
+
+def _wide(values: Array, dtype: str) -> Array:
+    """float32, or float64 for F64; exact."""
+    if dtype == "BF16":
+        return bfloat16_to_float32(values)
+    return values if dtype == "F64" else values.astype(np.float32, copy=False)
+
+
+def _narrow(values: Array, target: str) -> Array:
+    with np.errstate(over="ignore"):
+        return float32_to_bfloat16(values) if target == "BF16" else values.astype(np.float16)
