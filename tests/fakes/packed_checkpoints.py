@@ -240,7 +240,8 @@ def make_checkpoint(
     for module, layer in layers.items():
         if kind in ("fp16", "bf16"):
             weight = layer.weight()
-            tensors[f"{module}.weight"] = weight.astype(np.float16) if kind == "fp16" else bfloat16(weight)
+            with np.errstate(over="ignore"):
+                tensors[f"{module}.weight"] = weight.astype(np.float16) if kind == "fp16" else bfloat16(weight)
         else:
             tensors |= {f"{module}.{suffix}": array for suffix, array in layer.tensors(kind, sym).items()}
     document = config_of(layers, kind, **config)
