@@ -19,6 +19,10 @@ DTYPE_OF = {name: dtype for dtype, name in FLOAT_NAMES.items() if name in ("fp16
 """fp16 -> F16, bf16 -> BF16: the targets that are not quantised."""
 
 
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
+_BLOCK_VALUES = 1 << 18
+
+
 @dataclass(frozen=True)
 class Misfit:
     """How many of a tensor's values another dtype does not have, and how many lie beyond its largest."""
@@ -38,7 +42,7 @@ def misfit(tensor: PlainTensor, target: str) -> Misfit:
     values = rounded = overflowing = 0
     for chunk in tensor.chunks():
         wide = _wide(chunk, tensor.dtype)
-        back = _wide(_narrow(wide, target), target)
+        back = _wide(narrowed(wide, target), target)
         different = (back != wide) & ~np.isnan(wide)
         beyond = different & np.isinf(back)
         values += wide.size
@@ -54,23 +58,29 @@ def delivered(tensor: PlainTensor, target: str) -> PlainTensor:
 
     def pieces() -> Iterator[Array]:
         for chunk in tensor.chunks():
-            yield _narrow(_wide(chunk, tensor.dtype), target)
+            yield narrowed(_wide(chunk, tensor.dtype), target)
 
     return PlainTensor(tensor.name, target, tensor.shape, pieces)
 
 
-def rounded_weights(weights: Array, target: str, name: str) -> Array:
-    """float32 weights rounded to F16 or BF16 (uint16 bits). Raises BadInput, naming `name`, where one overflows."""
-    narrow = _narrow(weights, target)
-    finite = np.isfinite(narrow) if target == "F16" else (narrow & 0x7F80) != 0x7F80
-    if not finite.all():
-        label = FLOAT_NAMES[target]
-        count = int((~finite).sum())
+def narrowed(values: Array, target: str) -> Array:
+    """float32 or float64 rounded to F16 or BF16 (uint16 bits); what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return float32_to_bfloat16(values) if target == "BF16" else values.astype(np.float16)
+
+
+def check_finite(weights: Array, target: str, name: str) -> None:
+    """Raise BadInput, naming `name`, where weights in F16 or BF16 (uint16 bits) are NaN or infinite."""
+    mask = np.uint16(_EXPONENT[target])
+    bits = weights.reshape(-1).view(np.uint16)
+    count = 0
+    for start in range(0, bits.size, _BLOCK_VALUES):
+        count += int(((bits[start : start + _BLOCK_VALUES] & mask) == mask).sum())
+    if count:
         raise BadInput(
-            f"{name}: {count} of its {weights.size} dequantised weights do not fit {label}",
+            f"{name}: {count} of its {weights.size} dequantised weights do not fit {FLOAT_NAMES[target]}",
             "--to bf16 has a wider range" if target == "F16" else None,
         )
-    return narrow
 
 
 def _wide(values: Array, dtype: str) -> Array:
@@ -78,8 +88,3 @@ def _wide(values: Array, dtype: str) -> Array:
     if dtype == "BF16":
         return bfloat16_to_float32(values)
     return values if dtype == "F64" else values.astype(np.float32, copy=False)
-
-
-def _narrow(values: Array, target: str) -> Array:
-    with np.errstate(over="ignore"):
-        return float32_to_bfloat16(values) if target == "BF16" else values.astype(np.float16)

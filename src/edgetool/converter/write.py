@@ -18,9 +18,9 @@ from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.checkpoint import shard_index, write_index
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.repack import repack
-from edgetool.checkpoints.tensor_file import TensorFileWriter
+from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorFileWriter
 from edgetool.converter.fit import fit, needs_codes
-from edgetool.converter.floats import DTYPE_OF, delivered, rounded_weights
+from edgetool.converter.floats import DTYPE_OF, check_finite, delivered, narrowed
 from edgetool.converter.plan import Plan, Unit
 from edgetool.converter.source import CheckpointSource, Source
 from edgetool.ledger import RunLedger
@@ -30,7 +30,6 @@ Array = npt.NDArray[Any]
 Pieces = Array | Iterator[Array]
 
 _IN_FLIGHT_BYTES = 256 * 2**20
-_BLOCK_VALUES = 1 << 20
 
 
 class Abandoned(Exception):
@@ -87,7 +86,7 @@ def converted(source: Source, plan: Plan, name: str) -> Mapping[str, Pieces]:
         tensor = source.plain[name]
         return {name: (delivered(tensor, DTYPE_OF[plan.target]) if plan.target in DTYPE_OF else tensor).chunks()}
     if plan.spec is None:
-        return {f"{name}.weight": _float_rows(source, name, DTYPE_OF[plan.target])}
+        return {f"{name}.weight": _weights(source, name, DTYPE_OF[plan.target])}
     layout = source.layouts[name]
     spec = replace(plan.spec, desc_act=not layout.g_idx_trivial)
     arrays = _repacked(source, name, plan.target, spec)
@@ -115,21 +114,15 @@ def _repacked(source: Source, module: str, target: str, spec: Spec) -> dict[str,
     return repack(source.packed(module), kind, target, own, spec, module, adapt)
 
 
-def _float_rows(source: Source, module: str, dtype: str) -> Iterator[Array]:
-    """The weights in F16 or BF16, a block of rows at a time: float32 products, rounded once."""
+def _weights(source: Source, module: str, dtype: str) -> Array:
+    """The weights in F16 or BF16 (uint16 bits), [out_features, in_features]: float32 products, rounded once."""
     if module in source.inexact:
-        weight = source.weight(module)
-        step = max(1, _BLOCK_VALUES // weight.shape[1])
-        for start in range(0, weight.shape[0], step):
-            yield rounded_weights(weight[start : start + step], dtype, module)
-        return
-    linear = source.linear(module)
-    step = max(1, _BLOCK_VALUES // linear.in_features)
-    buffer = np.empty((min(step, linear.out_features), linear.in_features), dtype=np.float32)
-    for start in range(0, linear.out_features, step):
-        rows = slice(start, start + step)
-        part = replace(linear, codes=linear.codes[rows], scales=linear.scales[rows], zeros=linear.zeros[rows])
-        yield rounded_weights(part.dequantize(buffer[: part.out_features]), dtype, module)
+        weights = narrowed(source.weight(module), dtype)
+    else:
+        linear = source.linear(module)
+        weights = linear.dequantize(np.empty(linear.codes.shape, dtype=NUMPY_DTYPES[dtype]))
+    check_finite(weights, dtype, module)
+    return weights
 
 
 class _Workers:
