@@ -59,11 +59,10 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise BadInput(f"{where}: tokenizer of kind {kind!r} cannot be converted, only byte-level BPE ('gpt2')")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise BadInput(f"{where}: pre-tokenizer {pre!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
-    merges: list[str] = metadata.get("tokenizer.ggml.merges") or []
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens, merges = _list(metadata, "tokens", str), _list(metadata, "merges", str)
+    types = _list(metadata, "token_type", int) or [NORMAL] * len(tokens)
     if not tokens or not merges or len(types) != len(tokens):
         raise BadInput(f"{where}: {len(tokens)} tokens, {len(types)} token types, {len(merges)} merges: do not fit")
     vocab = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
@@ -107,6 +106,12 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """An array of the tokenizer's; empty where it is missing or of something else."""
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    return value if isinstance(value, list) and all(isinstance(item, kind) for item in value) else []
+
+
 def _post_processor(metadata: Mapping[str, Any], tokens: list[str], where: str) -> dict[str, Any]:
     """Puts the begin-of-text token before the text where the file asks for it."""
     if not metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") in _BOS_BY_DEFAULT):
@@ -131,12 +136,12 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str], where: str) 
 def special_token_ids(metadata: Mapping[str, Any], where: str) -> dict[str, int]:
     """Ids of bos, eos, pad and unk, as far as the file names them. Raises BadInput for one outside the vocabulary."""
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
-    size = len(metadata.get("tokenizer.ggml.tokens") or [])
+    size = len(_list(metadata, "tokens", str))
     found = {}
     for role, key in keys.items():
         number = metadata.get(f"tokenizer.ggml.{key}")
         if number is not None:
-            if not 0 <= number < size:
+            if not isinstance(number, int) or not 0 <= number < size:
                 raise BadInput(f"{where}: tokenizer.ggml.{key} is {number}, the vocabulary has {size} tokens")
             found[role] = int(number)
     return found
