@@ -85,6 +85,8 @@ def blocks(result: dict[str, Any]) -> list[Block]:
         return _blocks.report("plan (nothing was written)", result["plan"])
     shown = dict(result)
     shown.pop("refused")
+    if "gguf_types" in shown:
+        shown["gguf_types"] = ", ".join(f"{count} {kind}" for kind, count in shown["gguf_types"].items())
     lists = {key: shown.pop(key) for key in ("disagreements", "warnings", "fixed") if key in shown}
     title = "repaired" if "fixed" in lists else "converted"
     tables = _blocks.report(title, shown)

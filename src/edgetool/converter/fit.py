@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.checkpoints import gguf_blocks
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.scale_storage import with_scale_dtype
@@ -17,7 +16,6 @@ from edgetool.errors import BadInput
 Array = npt.NDArray[Any]
 
 _SCALE_DTYPES = {"gptq": ("F16", "BF16"), "gptq_v2": ("F16", "BF16"), "awq": ("F16", "BF16")}
-_NO_G_IDX = ("awq", "gguf")
 _GPTQ = ("gptq", "gptq_v2")
 _BLOCK_CODES = 1 << 21
 
@@ -40,7 +38,7 @@ class Refused(Exception):
 
 
 def fit(linear: QuantizedLinear, target: str, spec: Spec) -> QuantizedLinear:
-    """`linear` as `target` (a name of FORMATS, or gguf) stores it under `spec`, every weight bit-equal.
+    """`linear` as `target` (a name of FORMATS) stores it under `spec`, every weight bit-equal.
 
     Steps, each taken only where it is needed: scales of another dtype that has the same values; groups numbered in
     the order of their channels, where the target has no g_idx; codes and zero of a group moved by the same integer,
@@ -49,13 +47,8 @@ def fit(linear: QuantizedLinear, target: str, spec: Spec) -> QuantizedLinear:
     """
     if target not in _GPTQ:
         linear = _groups_in_order(linear)
-    if linear.g_idx is not None and target in _NO_G_IDX:
+    if linear.g_idx is not None and target == "awq":
         raise Refused(f"{target} has no g_idx, and the groups are in activation order (desc_act)", _FOLD)
-    if target == "gguf":
-        reason = gguf_blocks.refusal(linear)
-        if reason is not None:
-            raise Refused(reason, "--to fp16")
-        return linear
     _check_same_grid(linear, spec)
     linear = _stored_scales(linear, target)
     if needs_codes(linear, target, spec):
@@ -70,7 +63,7 @@ def needs_codes(linear: QuantizedLinear, target: str, spec: Spec) -> bool:
     """Whether `fit` has to look at the codes; where not, it takes a linear with `absent_codes` as well."""
     if spec.sym:
         return not linear.sym
-    return target == "gguf" or (target == "gptq" and not bool(linear.zeros.all()))
+    return target == "gptq" and not bool(linear.zeros.all())
 
 
 def _check_same_grid(linear: QuantizedLinear, spec: Spec) -> None:

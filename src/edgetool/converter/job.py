@@ -15,18 +15,18 @@ from typing import Any
 
 from edgetool import __version__
 from edgetool.artifacts import OutputDirectory, disk_errors, sha256_file, write_manifest
-from edgetool.checkpoints.sources import ResolvedSource, resolve
+from edgetool.checkpoints.formats import Spec
 from edgetool.config import CONVERT_TARGETS, CommonConfig, ConvertConfig
 from edgetool.converter.config_repair import repair, write_new_config
 from edgetool.converter.floats import DTYPE_OF
+from edgetool.converter.opening import Opened, open_source, prepared
 from edgetool.converter.plan import Plan, make_plan
-from edgetool.converter.source import CheckpointSource, Source
 from edgetool.converter.verify import Meant, Verified, open_side, verify
 from edgetool.converter.write import Abandoned, cut, write_weights
 from edgetool.errors import BadInput, EdgetoolError, ResourceUnavailable, Stopped, UsageError
 from edgetool.ledger import RunLedger, count_records
 from edgetool.progress import Progress
-from edgetool.runs import memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
+from edgetool.runs import free_disk_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 SCHEMA = "edgetool.convert/1"
 LEDGER_NAME = "ledger.jsonl"
@@ -52,37 +52,24 @@ def run_convert(config: ConvertConfig, common: CommonConfig, progress: Progress)
     out.check()  # before a model is fetched for nothing
     source, resolved = open_source(config, common, progress)
     refuse_overlap(out, [Path(config.source), resolved.path])
+    opened = prepared(source, resolved, config)
     known = {"source_format": source.format, "format": config.to, "disagreements": list(source.disagreements)}
     with _with_details({**known, "tensors_compared": 0, "tensors_equal": 0, "refused": []}):
         for note in source.disagreements:
             progress.warn(note)
         plan = make_plan(
-            source, config.to, sym=config.sym, rounding=config.requant, threads=_threads(config), progress=progress
+            opened.source,
+            config.to,
+            sym=config.sym,
+            rounding=config.requant,
+            threads=_threads(config),
+            progress=progress,
         )
         if config.dry_run:
-            return {"plan": _plan_document(config, source, plan)}
-        return _Run(config, source, resolved, plan, out, progress, started).document()
-
-
-def open_source(config: ConvertConfig, common: CommonConfig, progress: Progress) -> tuple[Source, ResolvedSource]:
-    """The model that `config.source` names; a GGUF file is opened as it is, not imported."""
-    path = Path(config.source).expanduser()
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        from edgetool.converter.gguf_source import GgufSource
-
-        if config.source_format not in ("auto", "gguf"):
-            raise BadInput(f"{path} is a GGUF file, not {config.source_format}", "leave --from out")
-        dtype = DTYPE_OF.get(config.to or "", "F16")
-        return GgufSource.open(path, dtype), ResolvedSource(path, config.source, {"kind": "gguf", "file": path.name})
-    resolved = resolve(
-        config.source,
-        cache_dir=common.cache_dir,
-        offline=common.offline,
-        revision=config.revision,
-        token=common.token(),
-        progress=progress,
-    )
-    return CheckpointSource.open(resolved.path, config.source_format), resolved
+            return {"plan": {**_facts(config, opened, plan), **_plan_facts(config, plan)}}
+        there = sum(path.stat().st_size for path in out.partial.glob("*")) if out.resuming else 0
+        free_disk_bytes(out.output, plan.output_bytes - there, "converting")
+        return _Run(config, opened, plan, out, progress, started).document()
 
 
 def _threads(config: ConvertConfig) -> int:
@@ -94,8 +81,7 @@ class _Run:
     """One run, up to a published checkpoint."""
 
     config: ConvertConfig
-    source: Source
-    resolved: ResolvedSource
+    opened: Opened
     plan: Plan
     out: OutputDirectory
     progress: Progress
@@ -110,7 +96,8 @@ class _Run:
                 return self._finished(ledger, stop, hashes)
 
     def _finished(self, ledger: RunLedger, stop: threading.Event, hashes: _Hashes) -> dict[str, Any]:
-        for path in self.source.files:
+        source, resolved = self.opened.source, self.opened.resolved
+        for path in source.files:
             hashes.add(path)
         self._write(ledger, stop, hashes)
         verified = self._verify(stop)
@@ -119,14 +106,14 @@ class _Run:
             "schema": SCHEMA,
             "result": result,
             "source": {
-                "spec": self.resolved.spec,
-                "provenance": self.resolved.provenance,
-                "sha256": hashes.of(self.source.files),
+                "spec": resolved.spec,
+                "provenance": resolved.provenance,
+                "sha256": hashes.of(source.files),
             },
             "config": json.loads(self.config.model_dump_json()),
             "tools": tool_versions("numpy"),
             "verified": {"linears": self.config.verify, **asdict(verified)},
-            "files": hashes.of(sorted(self.out.partial.glob("*.safetensors"))),
+            "files": hashes.of(self._weight_files()),
         }
         with disk_errors(self.out.partial):
             write_manifest(self.out.partial, manifest)
@@ -137,18 +124,31 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a run must have in common with one that it goes on with. Times stand for content until verification."""
-        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self.source.files}
+        source = self.opened.source
+        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files}
         config = json.loads(self.config.model_dump_json(exclude=_NOT_IDENTITY))
-        return {"source": files, "source_format": self.source.format, "config": config, "edgetool": __version__}
+        return {"source": files, "source_format": source.format, "config": config, "edgetool": __version__}
+
+    def _weight_files(self) -> list[Path]:
+        return sorted([*self.out.partial.glob("*.safetensors"), *self.out.partial.glob("*.gguf")])
 
     def _write(self, ledger: RunLedger, stop: threading.Event, hashes: _Hashes) -> None:
+        source, directory = self.opened.source, self.out.partial
+        if self.plan.gguf is not None:
+            from edgetool.converter.gguf_target import FILE_NAME, write_gguf
+
+            write_gguf(
+                source, self.plan.gguf, directory / FILE_NAME, threads=_threads(self.config), progress=self.progress
+            )
+            hashes.add(directory / FILE_NAME)
+            return
         shards = cut(self.plan, self.config.max_shard_size_bytes)
         try:
             write_weights(
-                self.source,
+                source,
                 self.plan,
                 shards,
-                self.out.partial,
+                directory,
                 ledger,
                 threads=_threads(self.config),
                 stop_requested=stop.is_set,
@@ -158,45 +158,35 @@ class _Run:
         except Abandoned:
             done = len(ledger.having("shard"))
             raise Stopped(f"stopped on request after {done} of {len(shards)} weight files") from None
-        self.source.write_side_files(self.out.partial)
-        write_new_config(self.source, self.plan, self.out.partial)
+        source.write_side_files(directory)
+        write_new_config(source, self.plan, directory)
 
     def _verify(self, stop: threading.Event) -> Verified:
         if stop.is_set():
             raise Stopped("stopped on request: everything is written and not yet verified")
         if self.config.verify == "none":
             return Verified(0, 0)
-        linears = {name: (layout.bits, layout.group_size) for name, layout in self.source.layouts.items()}
+        opened, target = self.opened, self.plan.target
+        made = {name: (layout.bits, layout.group_size) for name, layout in opened.source.layouts.items()}
         return verify(
-            open_side(self.resolved.path, self.source.format, linears),
+            open_side(opened.resolved.path, opened.source.format, opened.layouts, DTYPE_OF.get(target, "F16")),
             self.out.partial,
-            Meant(self.plan.target, linears if self.plan.spec else {}, rounding=self.config.requant),
+            Meant(target, made if self.plan.spec else {}, order=opened.order, rounding=self.config.requant),
             sample=self.config.verify == "sample",
             threads=_threads(self.config),
             progress=self.progress,
         )
 
     def _result(self, verified: Verified) -> dict[str, Any]:
-        spec = self.plan.spec
         return {
-            "source": self.config.source,
-            "source_format": self.source.format,
-            "format": self.plan.target,
+            **_facts(self.config, self.opened, self.plan),
             "output": str(self.config.output),
-            "bits": spec.bits if spec else 16,
-            "group_size": spec.group_size if spec else None,
-            "sym": spec.sym if spec else None,
-            "desc_act": spec.desc_act if spec else None,
-            "modules": len(self.source.layouts),
             "tensors_compared": verified.compared,
             "tensors_equal": verified.equal,
-            "refused": [],
-            "disagreements": list(self.source.disagreements),
-            "warnings": list(self.plan.warnings),
             "verify": self.config.verify,
             "seconds": round(time.monotonic() - self.started, 3),
-            "source_bytes": sum(path.stat().st_size for path in self.source.files),
-            "output_bytes": sum(path.stat().st_size for path in self.out.partial.glob("*.safetensors")),
+            "source_bytes": sum(path.stat().st_size for path in self.opened.source.files),
+            "output_bytes": sum(path.stat().st_size for path in self._weight_files()),
             "peak_rss_bytes": memory_peak_bytes(),
         }
 
@@ -248,23 +238,37 @@ def _with_details(details: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _plan_document(config: ConvertConfig, source: Source, plan: Plan) -> dict[str, Any]:
-    spec = plan.spec
-    return {
+def _facts(config: ConvertConfig, opened: Opened, plan: Plan) -> dict[str, Any]:
+    """What plan and result both say."""
+    source, spec = opened.source, plan.spec
+    facts = {
         "source": config.source,
         "source_format": source.format,
         "format": plan.target,
+        **_spec_facts(spec),
+        "modules": len(source.layouts),
+        "refused": [],
+        "disagreements": list(source.disagreements),
+        "warnings": list(plan.warnings),
+        **opened.facts,
+    }
+    return facts if plan.gguf is None else {**facts, "gguf_types": plan.gguf.types}
+
+
+def _spec_facts(spec: Spec | None) -> dict[str, Any]:
+    return {
         "bits": spec.bits if spec else 16,
         "group_size": spec.group_size if spec else None,
         "sym": spec.sym if spec else None,
         "desc_act": spec.desc_act if spec else None,
-        "modules": len(source.layouts),
-        "tensors": sum(len(unit.entries) for unit in plan.units),
-        "weight_files": len(cut(plan, config.max_shard_size_bytes)),
+    }
+
+
+def _plan_facts(config: ConvertConfig, plan: Plan) -> dict[str, Any]:
+    return {
+        "tensors": plan.tensors,
+        "weight_files": 1 if plan.gguf else len(cut(plan, config.max_shard_size_bytes)),
         "output_bytes": plan.output_bytes,
-        "refused": [],
-        "disagreements": list(source.disagreements),
-        "warnings": list(plan.warnings),
     }
 
 
@@ -277,15 +281,11 @@ def _fixed(config: ConvertConfig, started: float) -> dict[str, Any]:
             "give the path of a checkpoint directory",
         )
     source, fixed = repair(path, config.source_format)
-    spec = source.spec
     return {
         "source": config.source,
         "source_format": source.format,
         "format": source.format,
-        "bits": spec.bits if spec else 16,
-        "group_size": spec.group_size if spec else None,
-        "sym": spec.sym if spec else None,
-        "desc_act": spec.desc_act if spec else None,
+        **_spec_facts(source.spec),
         "modules": len(source.layouts),
         "tensors_compared": 0,
         "tensors_equal": 0,

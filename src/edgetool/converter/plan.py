@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
@@ -18,8 +18,8 @@ from edgetool.converter.source import CheckpointSource, Source
 from edgetool.errors import BadInput, EdgetoolError
 from edgetool.progress import Progress
 
-TARGETS = (*FORMATS, *DTYPE_OF, "gguf")
-"""Everything that can be written: gptq, gptq_v2, awq, compressed-tensors, fp16, bf16, gguf."""
+if TYPE_CHECKING:
+    from edgetool.converter.gguf_target import GgufPlan
 
 _CHUNK_BYTES = 1 << 24  # what a plain tensor has in memory while it is copied
 
@@ -42,20 +42,27 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """target: a name of TARGETS. spec: what the output is quantised to, None for fp16 and bf16.
+    """target: a name of FORMATS, fp16, bf16 or gguf. spec: what the output is quantised to, None where it is not.
 
-    units: in the order of the source's files. warnings: sentences for whoever uses the result.
+    units: in the order of the source's files. warnings: sentences for whoever uses the result. gguf: what a GGUF
+    file will hold, in place of units.
     """
 
     target: str
     spec: Spec | None
     units: tuple[Unit, ...]
     warnings: tuple[str, ...]
+    gguf: GgufPlan | None = None
 
     @property
     def output_bytes(self) -> int:
         """Data of all weight files."""
-        return sum(unit.nbytes for unit in self.units)
+        return self.gguf.output_bytes if self.gguf else sum(unit.nbytes for unit in self.units)
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors in all weight files."""
+        return len(self.gguf.entries) if self.gguf else sum(len(unit.entries) for unit in self.units)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,9 @@ def make_plan(
     rounding: other tensors may be rounded to the target's dtype (fp16, bf16).
     Raises BadInput naming the first tensor that has no lossless form, with all of them in its details.
     """
-    if target not in DTYPE_OF and source.spec is None:
+    if target == "gguf":
+        return _gguf_plan(source, threads, progress)
+    if target in FORMATS and source.spec is None:
         raise BadInput(
             f"nothing in this {source.format} model is quantised, so it cannot become {target} by conversion",
             f"edgetool quantize {{source}} -o {{output}}{_as_format(target)}",
@@ -119,7 +128,7 @@ def make_plan(
         if spec.sym and target == "compressed-tensors":
             whole = [_without_zeros(unit) for unit in whole]
     _refuse_twins(whole)
-    return Plan(target, spec, tuple(whole), tuple(_warnings(source, target, spec, rounding)))
+    return Plan(target, spec, tuple(whole), tuple(_warnings(source, target, spec)))
 
 
 def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> EdgetoolError:
@@ -145,6 +154,29 @@ def stripped(source: Source, module: str) -> QuantizedLinear:
     return source.rest(module) if isinstance(source, CheckpointSource) else source.linear(module)
 
 
+def _gguf_plan(source: Source, threads: int, progress: Progress) -> Plan:
+    """Every quantised linear gets the smallest GGUF type that holds it exactly."""
+    from edgetool.converter.gguf_target import plan_gguf
+
+    plan = plan_gguf(source, threads=threads, progress=progress)
+    if plan.refused:
+        raise refusal_of(
+            source, "gguf", {name: Refused(reason, _gguf_hint(source, name)) for name, reason in plan.refused.items()}
+        )
+    spec = None
+    if source.spec is not None:
+        modules = {kind for name, kind, _ in plan.entries if plan.names[name] in source.layouts}
+        spec = Spec(source.spec.bits, 32, sym=modules <= {"Q4_0", "Q8_0"})
+    warnings = (*_warnings(source, "gguf", None), *plan.warnings)
+    return Plan("gguf", spec, (), warnings, plan)
+
+
+def _gguf_hint(source: Source, name: str) -> str | None:
+    if name in source.layouts and not source.layouts[name].g_idx_trivial:
+        return "--fold-act-order removes the activation order where that is exact"
+    return "--to fp16 keeps all values" if name in source.layouts else None
+
+
 def _fit_module(source: Source, module: str, target: str, sym: bool) -> _Fitted:
     layout = source.layouts[module]
     if target in DTYPE_OF:
@@ -159,10 +191,9 @@ def _fit_module(source: Source, module: str, target: str, sym: bool) -> _Fitted:
     linear = fit(linear, target, spec)
     own = replace(spec, desc_act=linear.g_idx is not None)
     entries: list[Entry] = []
-    if target in FORMATS:
-        for suffix, (dtype, shape) in FORMATS[target].layout(linear.out_features, linear.in_features, own).items():
-            is_scale = suffix in ("scales", "weight_scale")
-            entries.append((f"{module}.{suffix}", linear.scale_dtype if is_scale else dtype, shape))
+    for suffix, (dtype, shape) in FORMATS[target].layout(linear.out_features, linear.in_features, own).items():
+        is_scale = suffix in ("scales", "weight_scale")
+        entries.append((f"{module}.{suffix}", linear.scale_dtype if is_scale else dtype, shape))
     return _Fitted(tuple(entries), linear.sym, linear.g_idx is not None)
 
 
@@ -220,7 +251,7 @@ def _refuse_twins(units: Sequence[Unit]) -> None:
         )
 
 
-def _warnings(source: Source, target: str, spec: Spec | None, rounding: bool) -> Iterator[str]:
+def _warnings(source: Source, target: str, spec: Spec | None) -> Iterator[str]:
     if source.format == target:
         yield f"source and output are both {target}: the output is a copy with the same weights"
     if spec is not None and target in FORMATS:
