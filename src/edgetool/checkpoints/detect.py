@@ -179,7 +179,9 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
         g_idx_name = f"{module}.weight_g_idx"
     else:
         words, (groups, out_features) = shapes[suffix], shapes["scales"]
-        bits = next((b for b in BITS if words_per_row(out_features, b) == shapes["qzeros"][1]), None)
+        widths = [b for b in BITS if words_per_row(out_features, b) == shapes["qzeros"][1]]
+        # Of few output channels 2, 3 and 4 bits can fill as many words; writers leave no bits of them idle.
+        bits = min(widths, key=lambda b: out_features * b % 32 != 0, default=None)
         fits = shapes["qzeros"][0] == groups and bits is not None
         if bits == 4 and words[1] == shapes["qzeros"][1]:
             kind, in_features = "awq", words[0]
