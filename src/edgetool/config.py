@@ -231,6 +231,13 @@ class ConvertConfig(Section):
                 "--fix-config repairs SRC in place and converts nothing, so --to and --output do not go with it",
                 "convert reads the tensors, not the config: leave --fix-config out to convert",
             )
+        if self.sym and self.to in ("fp16", "bf16", "gguf"):
+            raise ConfigError(
+                f"sym was given, and {self.to} has no zeros to choose"
+                if self.to != "gguf"
+                else "sym was given, and gguf takes the type that holds the weights as they are",
+                "leave --sym out",
+            )
         if self.group_size is not None and not self.requant:
             raise ConfigError(
                 f"group_size {self.group_size} was given, and a conversion without loss keeps the source's",

@@ -98,8 +98,8 @@ def make_plan(
         return _gguf_plan(source, threads, progress)
     if target in FORMATS and source.spec is None:
         raise BadInput(
-            f"nothing in this {source.format} model is quantised, so it cannot become {target} by conversion",
-            f"edgetool quantize {{source}} -o {{output}}{_as_format(target)}",
+            f"nothing in this {source.format} model is quantised, so it has no {target} form without loss",
+            f"quantise it: edgetool quantize MODEL -o DIR{_as_format(target)}",
         )
     refused: dict[str, Refused] = {}
     fitted: dict[str, _Fitted] = {}
