@@ -76,7 +76,8 @@ def whole(weight, out_features: int, in_features: int) -> np.ndarray:
 
 def stream(fields: list[int], bits: int) -> list[int]:
     """Fields one after the other from bit 0 of word 0 on, as words; a field may cross from one word into the next."""
-    digits = "".join(f"{field:0{bits}b}" for field in reversed(fields))
+    binary = [f"{value:0{bits}b}" for value in range(1 << bits)]
+    digits = "".join(binary[field] for field in reversed(fields))
     number = int(digits, 2)
     return [number >> place & 0xFFFFFFFF for place in range(0, len(digits), 32)]
 

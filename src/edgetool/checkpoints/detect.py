@@ -179,9 +179,7 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
         g_idx_name = f"{module}.weight_g_idx"
     else:
         words, (groups, out_features) = shapes[suffix], shapes["scales"]
-        widths = [b for b in BITS if words_per_row(out_features, b) == shapes["qzeros"][1]]
-        # Of few output channels 2, 3 and 4 bits can fill as many words; writers leave no bits of them idle.
-        bits = min(widths, key=lambda b: out_features * b % 32 != 0, default=None)
+        bits = _likeliest_bits(out_features, shapes["qzeros"][1])
         fits = shapes["qzeros"][0] == groups and bits is not None
         if bits == 4 and words[1] == shapes["qzeros"][1]:
             kind, in_features = "awq", words[0]
@@ -206,11 +204,17 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
     return ModuleLayout(kind, bits, out_features, in_features, size, bool(trivial))
 
 
+def _likeliest_bits(count: int, width: int) -> int | None:
+    """Bits with which `count` fields fill `width` words. Of few fields 2, 3 and 4 bits can: then without idle bits."""
+    fitting = [bits for bits in BITS if words_per_row(count, bits) == width]
+    return min(fitting, key=lambda bits: count * bits % 32 != 0, default=None)
+
+
 def _packed_bits(in_features: int, width: int) -> int | None:
     """Bits of compressed-tensors' words: dense first, then 0.17's sparse 3 bits."""
-    for bits in BITS:
-        if words_per_row(in_features, bits) == width:
-            return bits
+    bits = _likeliest_bits(in_features, width)
+    if bits is not None:
+        return bits
     return 3 if -(-in_features // 10) == width else None
 
 
