@@ -42,8 +42,20 @@ def run_convert(config: ConvertConfig, common: CommonConfig, progress: Progress)
     conversion in its details; nothing appears at the output's place unless everything was written and verified.
     """
     started = time.monotonic()
-    if config.fix_config:
-        return _fixed(config, started)
+    known: dict[str, Any] = {
+        "source_format": None,
+        "format": config.to,
+        "tensors_compared": 0,
+        "tensors_equal": 0,
+        "refused": [],
+    }
+    with _in_details(known):
+        return _repaired(config, started) if config.fix_config else _converted(config, common, progress, started, known)
+
+
+def _converted(
+    config: ConvertConfig, common: CommonConfig, progress: Progress, started: float, known: dict[str, Any]
+) -> dict[str, Any]:
     if config.to is None:
         raise UsageError(f"convert needs --to FORMAT: {', '.join(CONVERT_TARGETS)}", "edgetool convert --help")
     if config.output is None:
@@ -53,23 +65,17 @@ def run_convert(config: ConvertConfig, common: CommonConfig, progress: Progress)
     source, resolved = open_source(config, common, progress)
     refuse_overlap(out, [Path(config.source), resolved.path])
     opened = prepared(source, resolved, config)
-    known = {"source_format": source.format, "format": config.to, "disagreements": list(source.disagreements)}
-    with _with_details({**known, "tensors_compared": 0, "tensors_equal": 0, "refused": []}):
-        for note in source.disagreements:
-            progress.warn(note)
-        plan = make_plan(
-            opened.source,
-            config.to,
-            sym=config.sym,
-            rounding=config.requant,
-            threads=_threads(config),
-            progress=progress,
-        )
-        if config.dry_run:
-            return {"plan": {**_facts(config, opened, plan), **_plan_facts(config, plan)}}
-        there = sum(path.stat().st_size for path in out.partial.glob("*")) if out.resuming else 0
-        free_disk_bytes(out.output, plan.output_bytes - there, "converting")
-        return _Run(config, opened, plan, out, progress, started).document()
+    known |= {"source_format": source.format, "disagreements": list(source.disagreements), **opened.facts}
+    for note in source.disagreements:
+        progress.warn(note)
+    plan = make_plan(
+        opened.source, config.to, sym=config.sym, rounding=config.requant, threads=_threads(config), progress=progress
+    )
+    if config.dry_run:
+        return {"plan": {**_facts(config, opened, plan), **_plan_facts(config, plan)}}
+    there = sum(path.stat().st_size for path in out.partial.glob("*")) if out.resuming else 0
+    free_disk_bytes(out.output, plan.output_bytes - there, "converting")
+    return _Run(config, opened, plan, out, progress, started).document()
 
 
 def _threads(config: ConvertConfig) -> int:
@@ -229,7 +235,7 @@ def _kept_only_if_useful(out: OutputDirectory) -> Iterator[None]:
 
 
 @contextmanager
-def _with_details(details: dict[str, Any]) -> Iterator[None]:
+def _in_details(details: dict[str, Any]) -> Iterator[None]:
     """Put `details` into the failure document of whatever fails; what the error itself says goes first."""
     try:
         yield
@@ -272,7 +278,7 @@ def _plan_facts(config: ConvertConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _fixed(config: ConvertConfig, started: float) -> dict[str, Any]:
+def _repaired(config: ConvertConfig, started: float) -> dict[str, Any]:
     """Repair the configuration of the checkpoint directory `config.source` in place."""
     path = Path(config.source).expanduser()
     if not path.is_dir() or config.source == "demo":

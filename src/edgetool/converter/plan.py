@@ -72,6 +72,7 @@ class _Fitted:
     entries: tuple[Entry, ...]
     sym: bool
     desc_act: bool
+    was_sym: bool
 
 
 def entry_bytes(entry: Entry) -> int:
@@ -128,7 +129,15 @@ def make_plan(
         if spec.sym and target == "compressed-tensors":
             whole = [_without_zeros(unit) for unit in whole]
     _refuse_twins(whole)
-    return Plan(target, spec, tuple(whole), tuple(_warnings(source, target, spec)))
+    asymmetric = [name for name in source.order if name in fitted and not fitted[name].was_sym]
+    warnings = [*_warnings(source, target, spec)]
+    if asymmetric and source.spec is not None and source.spec.sym:
+        # what a checkpoint says of itself was found out from some of its linears only
+        warnings.append(
+            f"{asymmetric[0]} ({len(asymmetric)} of {len(fitted)} linears) has zeros besides the middle one: readers"
+            f" that take the source for symmetric get wrong weights"
+        )
+    return Plan(target, spec, tuple(whole), tuple(warnings))
 
 
 def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> EdgetoolError:
@@ -181,20 +190,21 @@ def _fit_module(source: Source, module: str, target: str, sym: bool) -> _Fitted:
     layout = source.layouts[module]
     if target in DTYPE_OF:
         size = (layout.out_features, layout.in_features)
-        return _Fitted(((f"{module}.weight", DTYPE_OF[target], size),), False, False)
+        return _Fitted(((f"{module}.weight", DTYPE_OF[target], size),), False, False, True)
     if module in source.inexact:
         raise Refused(source.inexact[module], "--to fp16, or --requant to round again")
     spec = target_spec(source, sym=sym)
     linear = stripped(source, module)
     if needs_codes(linear, target, spec):
         linear = source.linear(module)
+    was_sym = linear.sym
     linear = fit(linear, target, spec)
     own = replace(spec, desc_act=linear.g_idx is not None)
     entries: list[Entry] = []
     for suffix, (dtype, shape) in FORMATS[target].layout(linear.out_features, linear.in_features, own).items():
         is_scale = suffix in ("scales", "weight_scale")
         entries.append((f"{module}.{suffix}", linear.scale_dtype if is_scale else dtype, shape))
-    return _Fitted(tuple(entries), linear.sym, linear.g_idx is not None)
+    return _Fitted(tuple(entries), linear.sym, linear.g_idx is not None, was_sym)
 
 
 def _plain_unit(source: Source, name: str, target: str, rounding: bool) -> Unit:

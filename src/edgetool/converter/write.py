@@ -70,7 +70,8 @@ def write_weights(
                 entries = [entry for unit in units for entry in unit.entries]
                 with TensorFileWriter(path, entries) as writer, _Workers(threads, stop_requested) as workers:
                     for unit in units:
-                        workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer, task))
+                        workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer))
+                        task.advance(unit.nbytes)
                 ledger.append({"shard": file_name})
             finished(path)
         write_index(
@@ -96,10 +97,9 @@ def converted(source: Source, plan: Plan, name: str) -> Mapping[str, Pieces]:
     return {f"{name}.{suffix}": array for suffix, array in arrays.items()}
 
 
-def _write_unit(source: Source, plan: Plan, unit: Unit, writer: TensorFileWriter, task: Any) -> None:
+def _write_unit(source: Source, plan: Plan, unit: Unit, writer: TensorFileWriter) -> None:
     for name, data in converted(source, plan, unit.name).items():
         writer.write(name, data)
-    task.advance(unit.nbytes)
 
 
 def _repacked(source: Source, module: str, target: str, spec: Spec) -> dict[str, Array] | None:
