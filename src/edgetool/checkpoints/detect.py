@@ -24,7 +24,7 @@ from edgetool.errors import BadInput
 Array = npt.NDArray[Any]
 Read = Callable[[str], Array]
 
-_ZEROS_SAMPLED = 16  # modules whose zeros are looked at
+_ZEROS_SAMPLED = 16  # modules whose zeros are looked at, of a checkpoint that is not known
 _CODES_SAMPLED = 3  # modules, the smallest, whose codes are looked at too
 _SURE = 0.3  # how near to 0 or 1 the mean offset must lie to decide between GPTQ version 2 and 1
 _PARTNERS = {"qweight": ("qzeros", "scales"), "weight_packed": ("weight_scale", "weight_shape")}
@@ -240,7 +240,8 @@ def _from_zeros(
     """(symmetric?, format name) of GPTQ or AWQ modules."""
     middle = 1 << (bits - 1)
     names = list(layouts)
-    sample = names[:: max(1, -(-len(names) // _ZEROS_SAMPLED))]
+    # what has just been written is checked as a whole, what is met is only looked at
+    sample = names if written_as is not None else names[:: max(1, -(-len(names) // _ZEROS_SAMPLED))]
     if kind == "awq":
         # All nibbles 8 is a fact that no order of the nibbles changes.
         words = {int(word) for module in sample for word in np.unique(read(f"{module}.qzeros"))}

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,8 +19,8 @@ from edgetool.checkpoints.formats import Spec
 from edgetool.config import CONVERT_TARGETS, CommonConfig, ConvertConfig
 from edgetool.converter.config_repair import repair, write_new_config
 from edgetool.converter.floats import DTYPE_OF
-from edgetool.converter.opening import Opened, open_source, prepared
-from edgetool.converter.plan import Plan, make_plan
+from edgetool.converter.opening import Opened, open_source, planned, prepared
+from edgetool.converter.plan import Plan
 from edgetool.converter.verify import Meant, Verified, open_side, verify
 from edgetool.converter.write import Abandoned, cut, write_weights
 from edgetool.errors import BadInput, EdgetoolError, ResourceUnavailable, Stopped, UsageError
@@ -68,9 +68,7 @@ def _converted(
     known |= {"source_format": source.format, "disagreements": list(source.disagreements), **opened.facts}
     for note in source.disagreements:
         progress.warn(note)
-    plan = make_plan(
-        opened.source, config.to, sym=config.sym, rounding=config.requant, threads=_threads(config), progress=progress
-    )
+    opened, plan = planned(config, opened, _threads(config), progress)
     if config.dry_run:
         return {"plan": {**_facts(config, opened, plan), **_plan_facts(config, plan)}}
     there = sum(path.stat().st_size for path in out.partial.glob("*")) if out.resuming else 0
@@ -98,11 +96,14 @@ class _Run:
         with self.out:
             with disk_errors(self.out.partial):
                 ledger = RunLedger.open(self.out.partial / LEDGER_NAME, self._identity())
+            if self.opened.requantized is not None:
+                for record in ledger.having("requantized"):
+                    self.opened.requantized.restore(record["requantized"])
             with _kept_only_if_useful(self.out), stop_requests() as stop, _Hashes() as hashes:
                 return self._finished(ledger, stop, hashes)
 
     def _finished(self, ledger: RunLedger, stop: threading.Event, hashes: _Hashes) -> dict[str, Any]:
-        source, resolved = self.opened.source, self.opened.resolved
+        source, resolved, rounded = self.opened.source, self.opened.resolved, self.opened.requantized
         for path in source.files:
             hashes.add(path)
         self._write(ledger, stop, hashes)
@@ -119,6 +120,7 @@ class _Run:
             "config": json.loads(self.config.model_dump_json()),
             "tools": tool_versions("numpy"),
             "verified": {"linears": self.config.verify, **asdict(verified)},
+            "requantized": {name: error.to_dict() for name, error in rounded.errors.items()} if rounded else {},
             "files": hashes.of(self._weight_files()),
         }
         with disk_errors(self.out.partial):
@@ -159,6 +161,7 @@ class _Run:
                 threads=_threads(self.config),
                 stop_requested=stop.is_set,
                 finished=hashes.add,
+                remembered=self._remembered,
                 progress=self.progress,
             )
         except Abandoned:
@@ -166,6 +169,10 @@ class _Run:
             raise Stopped(f"stopped on request after {done} of {len(shards)} weight files") from None
         source.write_side_files(directory)
         write_new_config(source, self.plan, directory)
+
+    def _remembered(self, names: Sequence[str]) -> dict[str, Any]:
+        rounded = self.opened.requantized
+        return {} if rounded is None else {"requantized": rounded.state(names)}
 
     def _verify(self, stop: threading.Event) -> Verified:
         if stop.is_set():
@@ -177,15 +184,23 @@ class _Run:
         return verify(
             open_side(opened.resolved.path, opened.source.format, opened.layouts, DTYPE_OF.get(target, "F16")),
             self.out.partial,
-            Meant(target, made if self.plan.spec else {}, order=opened.order, rounding=self.config.requant),
+            Meant(
+                target,
+                made if self.plan.spec else {},
+                order=opened.order,
+                crc32=opened.requantized.crc32 if opened.requantized else {},
+                rounding=self.config.requant,
+            ),
             sample=self.config.verify == "sample",
             threads=_threads(self.config),
             progress=self.progress,
         )
 
     def _result(self, verified: Verified) -> dict[str, Any]:
+        rounded = self.opened.requantized
         return {
             **_facts(self.config, self.opened, self.plan),
+            **({"requantized": rounded.report()} if rounded else {}),
             "output": str(self.config.output),
             "tensors_compared": verified.compared,
             "tensors_equal": verified.equal,

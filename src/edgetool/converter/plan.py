@@ -14,8 +14,9 @@ from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, Entry
 from edgetool.converter.fit import Refused, fit, needs_codes
 from edgetool.converter.floats import DTYPE_OF, delivered_dtype, misfit
+from edgetool.converter.requantized import RequantizedSource
 from edgetool.converter.source import CheckpointSource, Source
-from edgetool.errors import BadInput, EdgetoolError
+from edgetool.errors import BadInput
 from edgetool.progress import Progress
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def make_plan(
     """Decide what `source` becomes as `target`; reads scales, zeros and groups, and codes where they have to move.
 
     rounding: other tensors may be rounded to the target's dtype (fp16, bf16).
-    Raises BadInput naming the first tensor that has no lossless form, with all of them in its details.
+    Raises NoLosslessForm, a BadInput naming the first tensor that has none, with all of them in its details.
     """
     if target == "gguf":
         return _gguf_plan(source, threads, progress)
@@ -104,13 +105,15 @@ def make_plan(
         )
     refused: dict[str, Refused] = {}
     fitted: dict[str, _Fitted] = {}
+    rounded: dict[str, int] = {}
 
     def settle(name: str) -> Unit | None:
         try:
             if name in source.layouts:
                 fitted[name] = _fit_module(source, name, target, sym)
                 return Unit(name, fitted[name].entries, _work_bytes(source, name, target))
-            return _plain_unit(source, name, target, rounding)
+            unit, rounded[name] = _plain_unit(source, name, target, rounding)
+            return unit
         except Refused as refusal:
             refused[name] = refusal
             return None
@@ -137,30 +140,46 @@ def make_plan(
             f"{asymmetric[0]} ({len(asymmetric)} of {len(fitted)} linears) has zeros besides the middle one: readers"
             f" that take the source for symmetric get wrong weights"
         )
+    if changed := [name for name in source.plain if rounded.get(name)]:
+        values = sum(rounded[name] for name in changed)
+        warnings.append(f"{values} values of {len(changed)} tensors ({changed[0]} ...) are rounded to {target}")
     return Plan(target, spec, tuple(whole), tuple(warnings))
 
 
-def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> EdgetoolError:
+class NoLosslessForm(BadInput):
+    """Some tensors have no lossless form in the target; `modules` are the quantised linears among them."""
+
+    def __init__(self, message: str, hint: str | None, details: Mapping[str, Any], modules: Sequence[str]) -> None:
+        super().__init__(message, hint, details)
+        self.modules = tuple(modules)
+
+    @property
+    def type_name(self) -> str:
+        return "BadInput"
+
+
+def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> NoLosslessForm:
     """The error that names the first of `refused` (tensor or module -> why) and how many there are."""
     first, reason = next(iter(refused.items()))
     others = f" ({len(refused)} of {len(source.order)} tensors are refused)" if len(refused) > 1 else ""
     hints = list(dict.fromkeys(r.hint for r in refused.values() if r.hint))
-    return BadInput(
+    return NoLosslessForm(
         f"{first} has no lossless form in {target}: {reason.reason}{others}",
         hints[0] if hints else None,
-        details={
+        {
             "source_format": source.format,
             "format": target,
             "tensors_compared": 0,
             "tensors_equal": 0,
             "refused": [{"module": name, "reason": r.reason} for name, r in refused.items()],
         },
+        [name for name in refused if name in source.layouts],
     )
 
 
 def stripped(source: Source, module: str) -> QuantizedLinear:
     """The linear, if need be without its codes (`absent_codes`), as cheaply as the source can give it."""
-    return source.rest(module) if isinstance(source, CheckpointSource) else source.linear(module)
+    return source.rest(module) if isinstance(source, CheckpointSource | RequantizedSource) else source.linear(module)
 
 
 def _gguf_plan(source: Source, threads: int, progress: Progress) -> Plan:
@@ -207,9 +226,10 @@ def _fit_module(source: Source, module: str, target: str, sym: bool) -> _Fitted:
     return _Fitted(tuple(entries), linear.sym, linear.g_idx is not None, was_sym)
 
 
-def _plain_unit(source: Source, name: str, target: str, rounding: bool) -> Unit:
+def _plain_unit(source: Source, name: str, target: str, rounding: bool) -> tuple[Unit, int]:
+    """The unit, and how many of its values are rounded."""
     tensor = source.plain[name]
-    dtype = tensor.dtype
+    dtype, count = tensor.dtype, 0
     if target in DTYPE_OF:
         dtype = delivered_dtype(dtype, DTYPE_OF[target])
         if dtype != tensor.dtype:
@@ -224,7 +244,8 @@ def _plain_unit(source: Source, name: str, target: str, rounding: bool) -> Unit:
                     f"{lost.rounded} of its {lost.values} {tensor.dtype} values do not exist in {target}",
                     f"--to {'bf16' if target == 'fp16' else 'fp16'}, or --requant to round them",
                 )
-    return Unit(name, ((name, dtype, tensor.shape),), 4 * min(_CHUNK_BYTES, math.prod(tensor.shape) * 8))
+            count = lost.rounded
+    return Unit(name, ((name, dtype, tensor.shape),), 4 * min(_CHUNK_BYTES, math.prod(tensor.shape) * 8)), count
 
 
 def _work_bytes(source: Source, module: str, target: str) -> int:

@@ -53,9 +53,12 @@ def write_weights(
     threads: int,
     stop_requested: Callable[[], bool],
     finished: Callable[[Path], None],
+    remembered: Callable[[Sequence[str]], Mapping[str, Any]],
     progress: Progress,
 ) -> None:
-    """Write the shards that `ledger` does not name, and the index; `finished` is told every shard's file.
+    """Write the shards that `ledger` does not name, and the index.
+
+    finished: told every shard's file. remembered(names): what the ledger has to keep about these tensors.
 
     Raises Abandoned when a stop is requested, with the shard at hand removed; BadInput for damage in the source.
     """
@@ -72,7 +75,7 @@ def write_weights(
                     for unit in units:
                         workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer))
                         task.advance(unit.nbytes)
-                ledger.append({"shard": file_name})
+                ledger.append({"shard": file_name, **remembered([unit.name for unit in units])})
             finished(path)
         write_index(
             directory,
