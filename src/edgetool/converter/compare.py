@@ -207,7 +207,8 @@ def _first(meant: Array, made: Array, start: int, dtype: str = "", *, signed: bo
     place = tuple(int(index) for index in np.unravel_index(int(np.argmax(different)), different.shape))
     where = [start + place[0], *place[1:]]
     shown = where[0] if len(where) == 1 else where
-    return f"{shown} is {made[place]}, must be {meant[place]} ({int(different.sum())} of this block differ)"
+    more = int(different.sum()) - 1
+    return f"{shown} is {made[place]}, must be {meant[place]}" + (f" (and {more} more near it)" if more else "")
 
 
 def _bits(array: Array) -> Array:

@@ -29,6 +29,8 @@ from edgetool.progress import NullProgress, Progress
 SAMPLE_EVERY = 8
 SAMPLE_AT_LEAST = 4
 
+_HINT = "run it again; if the same tensor is wrong again, please report it, otherwise doubt the disk or the memory"
+
 FLOATS = {"fp16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """16-bit target -> safetensors' dtype and config.json's."""
 
@@ -107,7 +109,7 @@ def verify(
     for name, wrong in results:
         if wrong is not None:
             counts = {"tensors_compared": verified.compared, "tensors_equal": verified.equal}
-            raise VerificationFailed(f"the output is wrong: {name} {wrong.text}", details=counts)
+            raise VerificationFailed(f"the output is wrong: {name} {wrong.text}", _HINT, details=counts)
     return verified
 
 
