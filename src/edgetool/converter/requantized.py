@@ -81,12 +81,14 @@ class RequantizedSource:
         if module not in self.modules:
             return self.source.linear(module)
         new = self._new
+        origin = None if module in self.source.inexact else self.source.linear(module)
         made = requantize(
-            self.source.weight(module),
+            self.source.weight(module) if origin is None else origin.dequantize(),
             bits=new.bits,
             group_size=new.group_size,
             sym=new.sym,
             lowest_zero=self._lowest_zero,
+            origin=origin,
             name=module,
         )
         with self._lock:
