@@ -1,7 +1,7 @@
 """A GGUF file as verification reads it: by the `gguf` package's reader, names and decoders.
 
-It shares no code with edgetool's own GGUF modules (gguf_file.py, gguf_architecture.py, gguf_blocks.py): an error in the
-order of rows, the names or the blocks would have to be made twice to go unseen.
+What it finds comes from no code of edgetool's own GGUF modules (gguf_file.py, gguf_architecture.py, gguf_blocks.py): an
+error in the order of rows, the names or the blocks would have to be made twice to go unseen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints.gguf_header import read_header
 from edgetool.checkpoints.plain_reader import Rows
 from edgetool.converter.sides import Values, Weights
 from edgetool.errors import BadInput, MissingDependency
@@ -52,6 +53,7 @@ class GgufSide:
             raise MissingDependency(
                 "reading GGUF files needs the package gguf", "pip install 'edgetool[demo]'"
             ) from None
+        read_header(path)  # with some damaged counts the gguf package's reader never ends
         try:
             reader = gguf.GGUFReader(path)
             metadata = {name: field.contents() for name, field in reader.fields.items()}

@@ -22,7 +22,7 @@ from edgetool.checkpoints.gguf_vocabulary import tokenizer_metadata
 from edgetool.checkpoints.gguf_writer import FILE_TYPES, Entry, GgufFileWriter, Value, tensor_bytes
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES
 from edgetool.converter.source import PlainTensor, Source
-from edgetool.errors import BadInput
+from edgetool.errors import BadInput, Stopped
 from edgetool.progress import NullProgress, Progress
 
 Array = npt.NDArray[Any]
@@ -103,11 +103,18 @@ def plan_gguf(source: Source, *, threads: int = 1, progress: Progress | None = N
 
 
 def write_gguf(
-    source: Source, plan: GgufPlan, path: Path, *, threads: int = 1, progress: Progress | None = None
+    source: Source,
+    plan: GgufPlan,
+    path: Path,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
     """Write `plan` to `path`, at most `threads` tensors in memory at a time; any error leaves no file behind.
 
-    The same source gives the same bytes. Raises ValueError where `plan` refuses something.
+    The same source gives the same bytes. Raises Stopped at the next tensor once `stop_requested`, ValueError where
+    `plan` refuses something, ResourceUnavailable when the disk is full.
     """
     if plan.refused:
         raise ValueError(f"cannot write what was refused: {sorted(plan.refused)[:5]}")
@@ -119,6 +126,8 @@ def write_gguf(
     ):
 
         def write(entry: Entry) -> int:
+            if stop_requested():
+                raise Stopped("stopped on request while the GGUF file was written; it begins anew the next time")
             writer.write(entry[0], _data(source, plan.names[entry[0]], entry, model))
             return tensor_bytes(entry)
 
