@@ -42,6 +42,17 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     document = read_json_object(path)
     settings_path = directory / "tokenizer_config.json"
     settings = read_json_object(settings_path) if settings_path.is_file() else {}
+    try:
+        metadata = _vocabulary(document, settings, config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: not laid out as the tokenizers library writes it: {error}") from error
+    template = _chat_template(directory, settings)
+    return metadata | ({"tokenizer.chat_template": template} if template else {})
+
+
+def _vocabulary(
+    document: Mapping[str, Any], settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Value]:
     pre = _pre(document)
     tokens, types = _tokens(document, int(config["vocab_size"]))
     metadata: dict[str, Value] = {
@@ -56,8 +67,7 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     adds_bos, adds_eos = _added(document.get("post_processor"), tokens, roles)
     metadata["tokenizer.ggml.add_bos_token"] = adds_bos
     metadata["tokenizer.ggml.add_eos_token"] = adds_eos
-    template = _chat_template(directory, settings)
-    return metadata | ({"tokenizer.chat_template": template} if template else {})
+    return metadata
 
 
 def _pre(document: Mapping[str, Any]) -> str:
