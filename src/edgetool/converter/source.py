@@ -25,7 +25,8 @@ from edgetool.checkpoints.detect import (
     read_stored,
 )
 from edgetool.checkpoints.formats import FORMATS, Spec
-from edgetool.checkpoints.tensor_file import TensorInfo, iter_chunks
+from edgetool.checkpoints.scratch import Scratch
+from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorInfo, iter_chunks, read_tensor
 from edgetool.errors import BadInput
 
 Array = npt.NDArray[Any]
@@ -217,9 +218,15 @@ class CheckpointSource:
         entry, spec = module_format(self._quantized(), module)
         return entry.name, spec
 
-    def packed(self, module: str) -> dict[str, Array]:
-        """The module's tensors as they are stored, by suffix (BF16 as uint16)."""
-        return read_stored(self.checkpoint, module, FORMATS[self.format_of(module)[0]].suffixes)
+    def packed(self, module: str, scratch: Scratch | None = None) -> dict[str, Array]:
+        """The module's tensors as they are stored, by suffix (BF16 as uint16).
+
+        scratch: where its codes are put; they are then good until the thread's next call.
+        """
+        codes, *others = FORMATS[self.format_of(module)[0]].suffixes
+        info = self.checkpoint.tensors[f"{module}.{codes}"]
+        out = None if scratch is None else scratch.empty("packed", info.shape, NUMPY_DTYPES[info.dtype])
+        return {codes: read_tensor(info, out), **read_stored(self.checkpoint, module, others)}
 
     def write_side_files(self, directory: Path) -> None:
         """Copy tokenizer, generation config, chat template and so on into `directory`."""

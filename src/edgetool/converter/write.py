@@ -18,6 +18,7 @@ from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.checkpoint import shard_index, write_index
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.repack import repack
+from edgetool.checkpoints.scratch import Scratch
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorFileWriter
 from edgetool.converter.fit import fit, needs_codes
 from edgetool.converter.floats import DTYPE_OF, check_finite, delivered, narrowed
@@ -62,6 +63,7 @@ def write_weights(
 
     Raises Abandoned when a stop is requested, with the shard at hand removed; BadInput for damage in the source.
     """
+    scratch = Scratch()
     done = {record["shard"] for record in ledger.having("shard")}
     before = sum(unit.nbytes for name, units in shards if name in done for unit in units)
     with progress.task("write", plan.output_bytes, "B", before=before) as task, disk_errors(directory):
@@ -73,7 +75,7 @@ def write_weights(
                 entries = [entry for unit in units for entry in unit.entries]
                 with TensorFileWriter(path, entries) as writer, _Workers(threads, stop_requested) as workers:
                     for unit in units:
-                        workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer))
+                        workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer, scratch))
                         task.advance(unit.nbytes)
                 ledger.append({"shard": file_name, **remembered([unit.name for unit in units])})
             finished(path)
@@ -84,8 +86,11 @@ def write_weights(
         )
 
 
-def converted(source: Source, plan: Plan, name: str) -> Mapping[str, Pieces]:
-    """Tensor name -> values, whole or in flat pieces, of what the module or plain tensor `name` becomes."""
+def converted(source: Source, plan: Plan, name: str, scratch: Scratch | None = None) -> Mapping[str, Pieces]:
+    """Tensor name -> values, whole or in flat pieces, of what the module or plain tensor `name` becomes.
+
+    With `scratch` they are good until the thread's next call.
+    """
     if name in source.plain:
         tensor = source.plain[name]
         return {name: (delivered(tensor, DTYPE_OF[plan.target]) if plan.target in DTYPE_OF else tensor).chunks()}
@@ -93,19 +98,19 @@ def converted(source: Source, plan: Plan, name: str) -> Mapping[str, Pieces]:
         return {f"{name}.weight": _weights(source, name, DTYPE_OF[plan.target])}
     layout = source.layouts[name]
     spec = replace(plan.spec, desc_act=not layout.g_idx_trivial)
-    arrays = _repacked(source, name, plan.target, spec)
+    arrays = _repacked(source, name, plan.target, spec, scratch)
     if arrays is None:
         linear = fit(source.linear(name), plan.target, plan.spec)
         arrays = FORMATS[plan.target].write(linear, plan.spec, name)
     return {f"{name}.{suffix}": array for suffix, array in arrays.items()}
 
 
-def _write_unit(source: Source, plan: Plan, unit: Unit, writer: TensorFileWriter) -> None:
-    for name, data in converted(source, plan, unit.name).items():
+def _write_unit(source: Source, plan: Plan, unit: Unit, writer: TensorFileWriter, scratch: Scratch) -> None:
+    for name, data in converted(source, plan, unit.name, scratch).items():
         writer.write(name, data)
 
 
-def _repacked(source: Source, module: str, target: str, spec: Spec) -> dict[str, Array] | None:
+def _repacked(source: Source, module: str, target: str, spec: Spec, scratch: Scratch | None) -> dict[str, Array] | None:
     """The packed words moved without becoming codes, where nothing in them changes."""
     if not isinstance(source, CheckpointSource):
         return None
@@ -114,7 +119,7 @@ def _repacked(source: Source, module: str, target: str, spec: Spec) -> dict[str,
     def adapt(layer: QuantizedLinear) -> QuantizedLinear | None:
         return None if needs_codes(layer, target, spec) else fit(layer, target, spec)
 
-    return repack(source.packed(module), kind, target, own, spec, module, adapt)
+    return repack(source.packed(module, scratch), kind, target, own, spec, module, adapt, scratch)
 
 
 def _weights(source: Source, module: str, dtype: str) -> Array:
