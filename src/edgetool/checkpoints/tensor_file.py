@@ -299,11 +299,15 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
+        try:
+            if kind is None:
+                self.close()
+                return
+        except BaseException:
             self.path.unlink(missing_ok=True)
+            raise
+        self.abort()
+        self.path.unlink(missing_ok=True)
 
 
 def _layout(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:

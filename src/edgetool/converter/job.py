@@ -146,7 +146,12 @@ class _Run:
             from edgetool.converter.gguf_target import FILE_NAME, write_gguf
 
             write_gguf(
-                source, self.plan.gguf, directory / FILE_NAME, threads=_threads(self.config), progress=self.progress
+                source,
+                self.plan.gguf,
+                directory / FILE_NAME,
+                threads=_threads(self.config),
+                progress=self.progress,
+                stop_requested=stop.is_set,
             )
             hashes.add(directory / FILE_NAME)
             return
