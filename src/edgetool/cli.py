@@ -146,11 +146,11 @@ def edgetool(
 
 
 app.command("quantize")(quantize.quantize)
+app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
 app.command("compile-vcu128")(compile_vcu128.compile_vcu128)
 for _name, _function in {
-    "convert": convert.convert,
     "eval": eval.eval,
     "serve-gpu": serve_gpu.serve_gpu,
     "serve-fpga": serve_fpga.serve_fpga,

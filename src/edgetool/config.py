@@ -6,11 +6,12 @@ are written down. Precedence, key by key: option > environment > file > default.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -170,6 +171,81 @@ class QuantizeConfig(Section):
         return self
 
 
+ConvertTarget = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "fp16", "bf16", "gguf"]
+ConvertSource = ConvertTarget | Literal["fp32", "auto"]
+CONVERT_TARGETS: tuple[str, ...] = get_args(ConvertTarget)
+"""What `edgetool convert` writes."""
+
+_FORMAT_WORDS = {"ct": "compressed-tensors", "f16": "fp16", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+
+
+def _format_name(value: object) -> object:
+    """Refuse what is no format's name, and name the one that is meant."""
+    if not isinstance(value, str) or value in (*CONVERT_TARGETS, "fp32", "auto"):
+        return value
+    plain = value.lower().replace("_", "-")
+    words = {name.replace("_", "-"): name for name in CONVERT_TARGETS} | _FORMAT_WORDS
+    nearest = words.get(plain) or words.get(next(iter(difflib.get_close_matches(plain, words, n=1)), ""))
+    raise ConfigError(
+        f"no format is called {value!r}; there are {', '.join(CONVERT_TARGETS)}",
+        f"did you mean {nearest}?" if nearest else None,
+    )
+
+
+class ConvertConfig(Section):
+    """Settings of `edgetool convert`."""
+
+    required = {"source": "SRC"}
+
+    source: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="SRC")
+    output: HomePath | None = setting(None, "directory to write, which must not exist", "a directory")
+    to: Annotated[ConvertTarget | None, BeforeValidator(_format_name)] = setting(
+        None, "what to write", f"{', '.join(CONVERT_TARGETS[:-1])} or {CONVERT_TARGETS[-1]}"
+    )
+    source_format: Annotated[ConvertSource, BeforeValidator(_format_name)] = setting(
+        "auto", "what the source is, where its tensors leave a doubt", "auto or a format's name", option="--from"
+    )
+    verify: Literal["all", "sample", "none"] = setting(
+        "all", "which linears are read back and compared", "all, sample or none"
+    )
+    sym: bool = setting(False, "a symmetric result: every zero in the middle", "true or false", option="--sym")
+    requant: bool = setting(False, "round again where there is no lossless way", "true or false")
+    group_size: Annotated[Literal[-1, 32, 64, 128] | None, BeforeValidator(_whole)] = setting(
+        None, "weights that share one scale after --requant (default: as in the source)", "-1, 32, 64 or 128"
+    )
+    fold_act_order: bool = setting(False, "remove g_idx where that is exact", "true or false")
+    fix_config: bool = setting(False, "repair SRC's config.json in place and convert nothing", "true or false")
+    max_shard_size_bytes: Size = setting(
+        5 * 10**9, "largest weight file", "a size such as 5GB or 512MiB", option="--max-shard-size"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
+    threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
+    resume: bool = setting(False, "go on with an unfinished run of the same configuration", "true or false")
+    overwrite: bool = setting(False, "replace an existing output", "true or false")
+    dry_run: bool = setting(False, "show the plan and write nothing", "true or false")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ConvertConfig:
+        if self.fix_config and (self.to or self.output):
+            raise ConfigError(
+                "--fix-config repairs SRC in place and converts nothing, so --to and --output do not go with it",
+                "convert reads the tensors, not the config: leave --fix-config out to convert",
+            )
+        if self.sym and self.to in ("fp16", "bf16", "gguf"):
+            raise ConfigError(
+                f"sym was given, and {self.to} has no zeros to choose"
+                if self.to != "gguf"
+                else "sym was given, and gguf takes the type that holds the weights as they are",
+                "leave --sym out",
+            )
+        if self.group_size is not None and not self.requant:
+            raise ConfigError(
+                f"group_size {self.group_size} was given, and a conversion without loss keeps the source's",
+                "add --requant to round again into other groups",
+            )
+        return self
+
+
 class InspectConfig(Section):
     """Settings of `edgetool inspect`."""
 
@@ -242,6 +318,7 @@ class Config(Section):
 
     common: CommonConfig = Field(default_factory=CommonConfig)
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    convert: ConvertConfig = Field(default_factory=ConvertConfig)
     inspect: InspectConfig = Field(default_factory=InspectConfig)
     demo: DemoConfig = Field(default_factory=DemoConfig)
     compile_vcu128: CompileConfig = Field(default_factory=CompileConfig)
@@ -252,6 +329,7 @@ class Config(Section):
 SECTIONS: dict[str, type[Section]] = {
     "common": CommonConfig,
     "quantize": QuantizeConfig,
+    "convert": ConvertConfig,
     "inspect": InspectConfig,
     "demo": DemoConfig,
     "compile_vcu128": CompileConfig,

@@ -91,8 +91,20 @@ class Output:
         stream.write(text)
         stream.flush()
 
-    def failure(self, type_name: str, message: str, hint: str | None, exit_code: int, *, say: bool = True) -> None:
-        """Report a failure: on stderr in words (unless `say` is False), and with `--json` on stdout as a document."""
+    def failure(
+        self,
+        type_name: str,
+        message: str,
+        hint: str | None,
+        exit_code: int,
+        *,
+        say: bool = True,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Report a failure: on stderr in words (unless `say` is False), and with `--json` on stdout as a document.
+
+        `details` are further fields of the document.
+        """
         error = {"type": type_name, "message": message, "hint": hint, "exit_code": exit_code}
         if say and self.progress_mode == "json":
             sys.stderr.write(json.dumps({"event": "error", **error}) + "\n")
@@ -102,11 +114,11 @@ class Output:
             sys.stderr.write(f"{strong}error:{plain} {message}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
         if self.json:
-            self._print({"schema": self.schema, "ok": False, **error})
+            self._print({"schema": self.schema, "ok": False, **error, **(details or {})})
 
     def error(self, error: EdgetoolError) -> None:
         """Report an EdgetoolError."""
-        self.failure(error.type_name, error.message, error.hint, error.exit_code)
+        self.failure(error.type_name, error.message, error.hint, error.exit_code, details=error.details)
 
     def _print(self, document: Mapping[str, Any]) -> None:
         # ASCII only, so that no locale can refuse it; NaN and infinity are not JSON, and become null.

@@ -1,13 +1,11 @@
-"""What every long run needs around its work: a place that is not its input, an orderly stop, facts for its report.
-
-Standard library only.
-"""
+"""What every long run needs around its work: a place that is not its input, an orderly stop, facts for its report."""
 
 from __future__ import annotations
 
 import os
 import platform
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,7 +16,8 @@ from typing import Any
 
 from edgetool import __version__
 from edgetool.artifacts import OutputDirectory
-from edgetool.errors import BadInput
+from edgetool.errors import BadInput, ResourceUnavailable
+from edgetool.progress_lines import size
 
 
 def refuse_overlap(out: OutputDirectory, inputs: list[Path]) -> None:
@@ -32,6 +31,26 @@ def refuse_overlap(out: OutputDirectory, inputs: list[Path]) -> None:
                 raise BadInput(
                     f"output {out.output} and model {path} must not lie in one another", "choose another --output"
                 )
+
+
+def free_disk_bytes(output: Path, needed_bytes: int, what: str) -> int:
+    """Bytes free on the disk that will hold `output`; raise ResourceUnavailable where `what` needs more."""
+    place = existing_parent(output)
+    free_bytes = shutil.disk_usage(place).free
+    if needed_bytes > free_bytes:
+        raise ResourceUnavailable(
+            f"{what} needs about {size(needed_bytes)} of disk, {place} has {size(free_bytes)} free",
+            "choose an --output on a larger disk",
+        )
+    return free_bytes
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above `path` that exists."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 @contextmanager

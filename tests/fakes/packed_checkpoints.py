@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.parity import scalar_layouts as oracle
 
-HIDDEN, INNER, VOCAB = 96, 160, 48
+VOCAB = 48
 DTYPES = {"float16": "F16", "float32": "F32", "uint16": "BF16", "int32": "I32", "int64": "I64", "uint8": "U8"}
 
 
@@ -126,3 +126,155 @@ def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
         assert not arrays.keys() & found.keys()
         arrays |= found
     return arrays
+
+
+HEADS = 4
+SIDE_FILES = {
+    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer_config.json": '{"chat_template": "a template"}',
+    "chat_template.jinja": "{{ messages }}",
+    "generation_config.json": '{"eos_token_id": 2}',
+    "LICENSE": "as you like",
+}
+
+
+def linear_shapes(layers: int, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Module -> (out_features, in_features) of a Llama's linears, half as many key heads as heads."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for number in range(layers):
+        attention, mlp = f"model.layers.{number}.self_attn.", f"model.layers.{number}.mlp."
+        shapes |= {attention + "q_proj": (hidden, hidden), attention + "k_proj": (hidden // 2, hidden)}
+        shapes |= {attention + "v_proj": (hidden // 2, hidden), attention + "o_proj": (hidden, hidden)}
+        shapes |= {mlp + "gate_proj": (inner, hidden), mlp + "up_proj": (inner, hidden)}
+        shapes[mlp + "down_proj"] = (hidden, inner)
+    return shapes
+
+
+def random_layers(
+    layers: int = 2, hidden: int = 64, inner: int = 128, seed: int = 0, **options: Any
+) -> dict[str, Layer]:
+    """Module -> random layer of a Llama; options as those of `random_layer`."""
+    shapes = linear_shapes(layers, hidden, inner)
+    return {name: random_layer(seed + k, *shape, **options) for k, (name, shape) in enumerate(shapes.items())}
+
+
+def other_tensors(layers: Mapping[str, Layer], dtype: type[np.generic] = np.float16) -> dict[str, np.ndarray]:
+    """Embedding, norms, a bias and an lm_head that fit `layers`; every value is exact in float16 and in bfloat16."""
+    rng = np.random.default_rng(99)
+    hidden = layers["model.layers.0.self_attn.q_proj"].codes.shape[1]
+    tensors = {"model.embed_tokens.weight": (VOCAB, hidden), "lm_head.weight": (VOCAB, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {**tensors, "model.norm.weight": (hidden,)}
+    for number in range(sum(name.endswith("q_proj") for name in layers)):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{number}.{norm}.weight"] = (hidden,)
+    shapes["model.layers.0.self_attn.q_proj.bias"] = (hidden,)
+    return {name: (rng.integers(-100, 100, shape) / 128).astype(dtype) for name, shape in shapes.items()}
+
+
+def config_of(layers: Mapping[str, Layer], kind: str, **changes: Any) -> dict[str, Any]:
+    """config.json of a checkpoint that stores `layers` as `kind` (fp16 for one that is not quantised)."""
+    hidden = layers["model.layers.0.self_attn.q_proj"].codes.shape[1]
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": layers["model.layers.0.mlp.up_proj"].codes.shape[0],
+        "num_hidden_layers": sum(name.endswith("q_proj") for name in layers),
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "head_dim": hidden // HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+    if kind not in ("fp16", "bf16"):
+        config["quantization_config"] = quantization_config_of(layers, kind)
+    return config | changes
+
+
+def quantization_config_of(layers: Mapping[str, Layer], kind: str) -> dict[str, Any]:
+    """As the tools write it, in the few keys that readers need."""
+    layer = next(iter(layers.values()))
+    one_group = all(other.zeros.shape[1] == 1 for other in layers.values())
+    group_size = -1 if one_group else layer.group_size
+    sym, act_order = all(o.sym for o in layers.values()), any(o.act_order for o in layers.values())
+    if kind == "awq":
+        return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    if kind == "compressed-tensors":
+        weights = {
+            "num_bits": layer.bits,
+            "type": "int",
+            "symmetric": sym,
+            "strategy": "channel" if one_group else "group",
+            "group_size": None if one_group else group_size,
+            "actorder": "group" if act_order else None,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+        method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
+        return method | {"config_groups": {"group_0": group}, "quantization_status": "compressed"}
+    common = {"quant_method": "gptq", "bits": layer.bits, "group_size": group_size, "sym": sym, "desc_act": act_order}
+    return common | {"checkpoint_format": kind, "lm_head": False}
+
+
+def make_checkpoint(
+    directory: Path,
+    layers: Mapping[str, Layer],
+    kind: str,
+    *,
+    shards: int = 1,
+    others: Mapping[str, np.ndarray] | None = None,
+    **config: Any,
+) -> Path:
+    """A checkpoint directory that stores `layers` as `kind`: gptq, gptq_v2, awq, compressed-tensors, fp16 or bf16.
+
+    others: the tensors that are not quantised. config: changes of config.json. Returns `directory`.
+    """
+    directory.mkdir(parents=True)
+    tensors = dict(other_tensors(layers) if others is None else others)
+    sym = all(layer.sym for layer in layers.values())
+    for module, layer in layers.items():
+        if kind in ("fp16", "bf16"):
+            weight = layer.weight()
+            with np.errstate(over="ignore"):
+                tensors[f"{module}.weight"] = weight.astype(np.float16) if kind == "fp16" else bfloat16(weight)
+        else:
+            tensors |= {f"{module}.{suffix}": array for suffix, array in layer.tensors(kind, sym).items()}
+    document = config_of(layers, kind, **config)
+    (directory / "config.json").write_text(json.dumps(document, indent=2))
+    if kind.startswith("gptq"):
+        (directory / "quantize_config.json").write_text(json.dumps(document["quantization_config"]))
+    for name, text in SIDE_FILES.items():
+        (directory / name).write_text(text)
+    write_shards(directory, tensors, shards)
+    return directory
+
+
+def write_shards(directory: Path, tensors: Mapping[str, np.ndarray], shards: int) -> None:
+    """All tensors in one file, or in several with their index."""
+    names = sorted(tensors)
+    if shards == 1:
+        write_safetensors(directory / "model.safetensors", {name: tensors[name] for name in names})
+        return
+    weight_map = {}
+    for number in range(shards):
+        part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+        file_name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        write_safetensors(directory / file_name, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file_name)
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to nearest, ties to even, by arithmetic: the last of 8 significant bits of each value."""
+    wide = values.astype(np.float64)
+    _, exponents = np.frexp(wide)
+    step = np.ldexp(1.0, np.maximum(exponents - 8, -133))
+    nearest = (np.rint(wide / step) * step).astype(np.float32)
+    return (nearest.view(np.uint32) >> 16).astype(np.uint16)

@@ -58,11 +58,13 @@ class ProcessServer:
         signals: tuple[signal.Signals, ...] = (),
         error: int = 0,
         file_limit_bytes: int = 0,
+        every_thread: bool = False,
     ) -> tuple[int, Path]:
         """Start `edgetool ARGUMENTS`; returns its process id and where it writes.
 
         at: the step (counted from 1) at which `signals` arrive, one a step, or which fails by errno `error`. A write
             that is killed or fails has got half of its bytes to the disk.
+        every_thread: steps of all threads count, not only the main one's.
         """
         self._count += 1
         place = self.directory / str(self._count)
@@ -74,6 +76,7 @@ class ProcessServer:
             "signals": [int(number) for number in signals],
             "error": error,
             "file_limit_bytes": file_limit_bytes,
+            "every_thread": every_thread,
         }
         return int(self._ask(order)), place
 
@@ -160,7 +163,7 @@ def _trace(log: int, order: dict[str, Any]) -> None:
     def counted(name: str) -> Any:
         def call(*arguments: Any, **keywords: Any) -> Any:
             nonlocal count
-            if threading.current_thread() is not threading.main_thread():
+            if threading.current_thread() is not threading.main_thread() and not order["every_thread"]:
                 return real[name](*arguments, **keywords)
             count += 1
             what = arguments[0]

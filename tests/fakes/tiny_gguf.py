@@ -36,10 +36,12 @@ def write_tiny_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F16,
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray | None] | None = None,
+    stored: dict[str, tuple[gguf.GGMLQuantizationType, np.ndarray]] | None = None,
 ) -> Path:
     """Write the checkpoint `model` (one file, fp16 or fp32) as GGUF: matrices as `kind`, vectors as F32.
 
-    `metadata` overrides keys (None leaves one out); `tensors` adds, replaces or (None) leaves out tensors by GGUF name.
+    `metadata` overrides keys (None leaves one out); `tensors` adds, replaces or (None) leaves out tensors by GGUF name;
+    `stored` replaces tensors by given blocks, uint8 [rows, row_bytes].
     """
     config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -87,6 +89,10 @@ def write_tiny_gguf(
         arrays[_gguf_name(name)] = array
     for name, given in (arrays | (tensors or {})).items():
         if given is None:
+            continue
+        if stored and name in stored:
+            blocks_kind, blocks = stored[name]
+            writer.add_tensor(name, blocks, raw_dtype=blocks_kind)
             continue
         if given.ndim == 1:
             writer.add_tensor(name, given.astype(np.float32))

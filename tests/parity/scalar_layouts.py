@@ -74,26 +74,16 @@ def whole(weight, out_features: int, in_features: int) -> np.ndarray:
 # --- writing: what a layer of plain integers looks like in each format
 
 
-def put(words: list[int], index: int, bits: int, value: int) -> None:
-    """Set field `index` of a stream of fields; a field may cross from one word into the next."""
-    for bit in range(bits):
-        place = bits * index + bit
-        words[place // 32] |= (value >> bit & 1) << (place % 32)
+def stream(fields: list[int], bits: int) -> list[int]:
+    """Fields one after the other from bit 0 of word 0 on, as words; a field may cross from one word into the next."""
+    binary = [f"{value:0{bits}b}" for value in range(1 << bits)]
+    digits = "".join(binary[field] for field in reversed(fields))
+    number = int(digits, 2)
+    return [number >> place & 0xFFFFFFFF for place in range(0, len(digits), 32)]
 
 
 def _array(rows: list[list[int]]) -> np.ndarray:
-    return np.array([[value - (1 << 32) if value >> 31 else value for value in row] for row in rows], dtype=np.int32)
-
-
-def _stream(rows: list[list[int]], bits: int) -> list[list[int]]:
-    """Each row of fields as words."""
-    packed = []
-    for row in rows:
-        words = [0] * -(-len(row) * bits // 32)
-        for index, value in enumerate(row):
-            put(words, index, bits, value)
-        packed.append(words)
-    return packed
+    return np.array(rows, dtype=np.uint32).view(np.int32)
 
 
 def _turned(rows: list[list[int]]) -> list[list[int]]:
@@ -104,8 +94,8 @@ def gptq_tensors(codes, zeros, scales, g_idx, bits: int, version: int) -> dict[s
     """codes [out][in], zeros [out][groups], g_idx [in] as lists; scales [out, groups] as stored."""
     stored = [[(zero - 1) % (1 << bits) if version == 1 else zero for zero in row] for row in zeros]
     return {
-        "qweight": _array(_turned(_stream(codes, bits))),
-        "qzeros": _array(_stream(_turned(stored), bits)),
+        "qweight": _array(_turned([stream(row, bits) for row in codes])),
+        "qzeros": _array([stream(row, bits) for row in _turned(stored)]),
         "scales": np.array(scales.T, order="C"),
         "g_idx": np.array(g_idx, dtype=np.int32),
     }
@@ -114,7 +104,7 @@ def gptq_tensors(codes, zeros, scales, g_idx, bits: int, version: int) -> dict[s
 def awq_tensors(codes, zeros, scales) -> dict[str, np.ndarray]:
     def shuffled(rows: list[list[int]]) -> np.ndarray:
         moved = [[row[8 * (k // 8) + AWQ_ORDER[k % 8]] for k in range(len(row))] for row in rows]
-        return _array(_stream(moved, 4))
+        return _array([stream(row, 4) for row in moved])
 
     return {
         "qweight": shuffled(_turned(codes)),
@@ -126,12 +116,12 @@ def awq_tensors(codes, zeros, scales) -> dict[str, np.ndarray]:
 def compressed_tensors(codes, zeros, scales, g_idx, bits: int, sym: bool) -> dict[str, np.ndarray]:
     """g_idx None: no activation order."""
     tensors = {
-        "weight_packed": _array(_stream(codes, bits)),
+        "weight_packed": _array([stream(row, bits) for row in codes]),
         "weight_scale": np.array(scales, order="C"),
         "weight_shape": np.array([len(codes), len(codes[0])], dtype=np.int64),
     }
     if not sym:
-        tensors["weight_zero_point"] = _array(_turned(_stream(_turned(zeros), bits)))
+        tensors["weight_zero_point"] = _array(_turned([stream(row, bits) for row in _turned(zeros)]))
     if g_idx is not None:
         tensors["weight_g_idx"] = np.array(g_idx, dtype=np.int32)
     return tensors

@@ -121,13 +121,15 @@ def quantization_config(*, group_size: int, ignore: Sequence[str] = ("lm_head",)
 
     zero_point is always true: symmetric layers are stored with zeros of 8, since readers expect the tensor.
     """
+    # vLLM looks for a name anywhere in a module's, transformers at its start or end: parts go by two names
+    names = [full for name in ignore for full in ((name,) if name == "lm_head" else (name, f"model.{name}"))]
     return {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": list(ignore) or None,
+        "modules_to_not_convert": names or None,
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 _QUIET_BIT = 0x0040
-_BLOCK = 1 << 20  # elements converted at a time, so that the intermediate uint32 arrays stay small
+_BLOCK = 1 << 16  # elements converted at a time: 256 KiB, so that the intermediate array stays in the L2 cache
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -27,11 +27,18 @@ def float32_to_bfloat16(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np
     """
     source = np.ascontiguousarray(values, dtype=np.float32)
     result = np.empty(source.shape, dtype=np.uint16)
-    flat_source = source.reshape(-1).view(np.uint32)
-    flat_result = result.reshape(-1)
-    for start in range(0, flat_source.size, _BLOCK):
-        bits = flat_source[start : start + _BLOCK]
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-        flat_result[start : start + _BLOCK] = np.where(is_nan, (bits >> 16) | _QUIET_BIT, rounded)
+    flat_source, flat_result = source.reshape(-1), result.reshape(-1)
+    spare = np.empty(min(source.size, _BLOCK), dtype=np.uint32)
+    for start in range(0, source.size, _BLOCK):
+        block = flat_source[start : start + _BLOCK]
+        bits, rounded, out = block.view(np.uint32), spare[: block.size], flat_result[start : start + _BLOCK]
+        np.right_shift(bits, np.uint32(16), out=rounded)
+        rounded &= np.uint32(1)  # ties go up only where the last bit kept is odd
+        rounded += np.uint32(0x7FFF)
+        rounded += bits
+        rounded >>= np.uint32(16)
+        np.copyto(out, rounded, casting="unsafe")
+        is_nan = np.isnan(block)
+        if is_nan.any():
+            out[is_nan] = (bits[is_nan] >> 16) | _QUIET_BIT
     return result.reshape(np.shape(values))

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints import float16
+from edgetool.checkpoints.bfloat16 import float32_to_bfloat16
 from edgetool.errors import BadInput
 
 BITS = (2, 3, 4, 8)
 """Code widths that any part of edgetool handles."""
 
-_BLOCK_ELEMENTS = 1 << 18  # values worked on at a time: 1 MiB of float32, so temporaries stay in the L2 cache
+_BLOCK_ELEMENTS = 1 << 16  # values worked on at a time: 256 KiB of float32, so temporaries stay in the L2 cache
 
 Array = npt.NDArray[Any]
 
@@ -73,34 +75,45 @@ class QuantizedLinear:
         return trivial_g_idx(self.in_features, self.group_size)
 
     def dequantize(self, out: Array | None = None) -> Array:
-        """The weights as float32 [out_features, in_features], written into `out` where given (float16 rounds once).
+        """The weights as float32 [out_features, in_features], written into `out` where given.
 
-        The product is taken in float32. Needs about 2 MiB beside the result.
+        out: float32, float16 or uint16 (bfloat16 bit patterns). The product is taken in float32, so the narrow ones
+        round once; what is too large for them becomes infinite. Needs about 1 MiB beside the result.
         """
         if out is None:
             out = np.empty(self.codes.shape, dtype=np.float32)
-        g_idx = self.group_index()
-        regular = self.g_idx is None and not self.ragged
         step = max(1, _BLOCK_ELEMENTS // max(1, self.in_features))
         in_place = out.dtype == np.float32 and out.flags.c_contiguous
         buffer = np.empty((0 if in_place else step, self.in_features), dtype=np.float32)
+        spare = np.empty_like(buffer, dtype=np.uint32)
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
-            codes = self.codes[rows]
-            block = out[rows] if in_place else buffer[: len(codes)]
             scales = self.scales[rows].astype(np.float32, copy=False)
-            zeros = self.zeros[rows].astype(np.float32)
-            np.copyto(block, codes)
-            if regular:
-                grouped = block.reshape(block.shape[0], self.n_groups, self.group_size)
-                grouped -= zeros[:, :, None]
-                grouped *= scales[:, :, None]
-            else:
-                block -= zeros[:, g_idx]
-                block *= scales[:, g_idx]
-            if not in_place:
-                out[rows] = block
+            block = out[rows] if in_place else buffer[: len(scales)]
+            if out.dtype == np.float16 and float16.can_shrink(scales, (1 << self.bits) - 1):
+                self._multiply(rows, scales * float16.SHRINK, block)
+                float16.round_shrunk(block, out[rows], spare[: len(scales)])
+                continue
+            self._multiply(rows, scales, block)
+            if out.dtype == np.uint16:
+                out[rows] = float32_to_bfloat16(block)
+            elif not in_place:
+                with np.errstate(over="ignore"):
+                    out[rows] = block
         return out
+
+    def _multiply(self, rows: slice, scales: Array, block: Array) -> None:
+        """Fill `block`, float32, with (code - zero) * scale of `rows`."""
+        zeros = self.zeros[rows].astype(np.float32)
+        np.copyto(block, self.codes[rows])
+        if self.g_idx is None and not self.ragged:
+            grouped = block.reshape(len(block), self.n_groups, self.group_size)
+            grouped -= zeros[:, :, None]
+            grouped *= scales[:, :, None]
+        else:
+            g_idx = self.group_index()
+            block -= zeros[:, g_idx]
+            block *= scales[:, g_idx]
 
     def validate(self, name: str = "") -> None:
         """Raise BadInput, naming `name`, at the first shape, dtype or value that breaks the contract of this class."""

@@ -16,6 +16,7 @@ bits both are the same. `weight_g_idx` is known up to 0.17; 0.19 and vLLM 0.32 r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -173,7 +174,8 @@ def quantization_config(
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": list(ignore),
+        # a bare name is one module to readers, of a part of the model only a pattern says all of it
+        "ignore": [name if name == "lm_head" else rf"re:(.*\.)?{re.escape(name)}(\..*)?$" for name in ignore],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": LAST_VERSION_WITH_G_IDX if desc_act else WRITTEN_AS_VERSION,

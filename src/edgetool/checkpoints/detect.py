@@ -18,13 +18,13 @@ from edgetool.checkpoints.canonical import BITS, QuantizedLinear, trivial_g_idx
 from edgetool.checkpoints.config_claims import claimed_format, compare_claims
 from edgetool.checkpoints.formats import FORMATS, Format, Spec
 from edgetool.checkpoints.packing import unpack_rows, words_per_row
-from edgetool.checkpoints.tensor_file import TensorInfo
+from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorInfo
 from edgetool.errors import BadInput
 
 Array = npt.NDArray[Any]
 Read = Callable[[str], Array]
 
-_ZEROS_SAMPLED = 16  # modules whose zeros are looked at
+_ZEROS_SAMPLED = 16  # modules whose zeros are looked at, of a checkpoint that is not known
 _CODES_SAMPLED = 3  # modules, the smallest, whose codes are looked at too
 _SURE = 0.3  # how near to 0 or 1 the mean offset must lie to decide between GPTQ version 2 and 1
 _PARTNERS = {"qweight": ("qzeros", "scales"), "weight_packed": ("weight_scale", "weight_shape")}
@@ -133,23 +133,32 @@ def detect(
 
 def read_linear(checkpoint: Source, module: str, found: QuantizationFound) -> QuantizedLinear:
     """One quantised linear of `checkpoint` in canonical form. `module` is one of `found.modules`."""
-    target, spec = _format_of(found, module)
-    return target.read(_read_suffixes(checkpoint, module, target.suffixes), spec, module)
+    target, spec = module_format(found, module)
+    return target.read(read_stored(checkpoint, module, target.suffixes), spec, module)
 
 
-def read_zeros(checkpoint: Source, module: str, found: QuantizationFound) -> Array:
-    """The zeros of that linear, uint8 [out_features, n_groups], without reading its codes where that can be done."""
-    target, spec = _format_of(found, module)
-    return target.zeros(_read_suffixes(checkpoint, module, target.zeros_suffixes(spec)), spec, module)
+def read_rest(checkpoint: Source, module: str, found: QuantizationFound) -> QuantizedLinear:
+    """The same with `absent_codes`: everything but the codes, which are not read from the disk."""
+    target, spec = module_format(found, module)
+    if target.name == "compressed-tensors" and spec.bits == 3:  # whose codes tell in which of two ways they are packed
+        return target.read_rest(read_stored(checkpoint, module, target.suffixes), spec, module)
+    codes, *others = target.suffixes
+    stored = read_stored(checkpoint, module, others)
+    info = checkpoint.tensors[f"{module}.{codes}"]
+    # only their shape and dtype are looked at
+    stored[codes] = np.broadcast_to(np.zeros((), NUMPY_DTYPES[info.dtype]), info.shape)
+    return target.read_rest(stored, spec, module)
 
 
-def _format_of(found: QuantizationFound, module: str) -> tuple[Format, Spec]:
+def module_format(found: QuantizationFound, module: str) -> tuple[Format, Spec]:
+    """The format of one linear, and the specification to read it with."""
     layout = found.layouts[module]
     name = found.format if layout.kind == "gptq" and found.format in ("gptq", "gptq_v2") else layout.kind
     return FORMATS[name], Spec(layout.bits, layout.group_size, found.sym, not layout.g_idx_trivial)
 
 
-def _read_suffixes(checkpoint: Source, module: str, suffixes: Sequence[str]) -> dict[str, Array]:
+def read_stored(checkpoint: Source, module: str, suffixes: Sequence[str]) -> dict[str, Array]:
+    """Suffix -> array as stored, of those tensors of the module that are there."""
     names = {suffix: f"{module}.{suffix}" for suffix in suffixes}
     return {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.tensors}
 
@@ -170,7 +179,7 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
         g_idx_name = f"{module}.weight_g_idx"
     else:
         words, (groups, out_features) = shapes[suffix], shapes["scales"]
-        bits = next((b for b in BITS if words_per_row(out_features, b) == shapes["qzeros"][1]), None)
+        bits = _likeliest_bits(out_features, shapes["qzeros"][1])
         fits = shapes["qzeros"][0] == groups and bits is not None
         if bits == 4 and words[1] == shapes["qzeros"][1]:
             kind, in_features = "awq", words[0]
@@ -195,11 +204,17 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
     return ModuleLayout(kind, bits, out_features, in_features, size, bool(trivial))
 
 
+def _likeliest_bits(count: int, width: int) -> int | None:
+    """Bits with which `count` fields fill `width` words. Of few fields 2, 3 and 4 bits can: then without idle bits."""
+    fitting = [bits for bits in BITS if words_per_row(count, bits) == width]
+    return min(fitting, key=lambda bits: count * bits % 32 != 0, default=None)
+
+
 def _packed_bits(in_features: int, width: int) -> int | None:
     """Bits of compressed-tensors' words: dense first, then 0.17's sparse 3 bits."""
-    for bits in BITS:
-        if words_per_row(in_features, bits) == width:
-            return bits
+    bits = _likeliest_bits(in_features, width)
+    if bits is not None:
+        return bits
     return 3 if -(-in_features // 10) == width else None
 
 
@@ -225,7 +240,8 @@ def _from_zeros(
     """(symmetric?, format name) of GPTQ or AWQ modules."""
     middle = 1 << (bits - 1)
     names = list(layouts)
-    sample = names[:: max(1, -(-len(names) // _ZEROS_SAMPLED))]
+    # what has just been written is checked as a whole, what is met is only looked at
+    sample = names if written_as is not None else names[:: max(1, -(-len(names) // _ZEROS_SAMPLED))]
     if kind == "awq":
         # All nibbles 8 is a fact that no order of the nibbles changes.
         words = {int(word) for module in sample for word in np.unique(read(f"{module}.qzeros"))}

@@ -57,12 +57,6 @@ class Format(Protocol):
     def write_rest(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         """What `write` gives, refused as there, but without the packed codes (the first of `suffixes`)."""
 
-    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
-        """uint8 [out_features, n_groups] as `read` gives them, where only `zeros_suffixes` of the layer are at hand."""
-
-    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
-        """What `zeros` needs: not the codes, where it can do without."""
-
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         """Suffix -> array (uint16 means bfloat16 bits). Raises BadInput where `refusal` has a reason."""
 
@@ -98,13 +92,6 @@ class _Gptq:
 
     def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return gptq_format.read_rest(tensors, spec.bits, 2 - self.version, group_size=spec.group_size, name=name)
-
-    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
-        out_features = int(tensors["scales"].shape[1])
-        return gptq_format.read_zeros(tensors["qzeros"], spec.bits, out_features, 2 - self.version)
-
-    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
-        return ("qzeros", "scales")
 
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         _raise(_sym_refusal(linear, spec), name)
@@ -157,12 +144,6 @@ class _Awq:
     def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return awq_format.read_rest(tensors, group_size=spec.group_size, name=name)
 
-    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
-        return awq_format.read_zeros(tensors["qzeros"])
-
-    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
-        return ("qzeros",)
-
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         return awq_format.write(linear, name)
 
@@ -202,16 +183,6 @@ class _CompressedTensors:
 
     def read_rest(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> QuantizedLinear:
         return compressed_tensors_format.read_rest(tensors, spec.bits, group_size=spec.group_size, name=name)
-
-    def zeros(self, tensors: Mapping[str, Array], spec: Spec, name: str = "") -> Array:
-        if spec.bits == 3:
-            return self.read(tensors, spec, name).zeros
-        shape = tensors["weight_scale"].shape
-        return compressed_tensors_format.read_zeros(tensors.get("weight_zero_point"), spec.bits, shape, name=name)
-
-    def zeros_suffixes(self, spec: Spec) -> tuple[str, ...]:
-        # the codes' words tell which of the two 3-bit layouts it is
-        return self.suffixes if spec.bits == 3 else ("weight_scale", "weight_zero_point")
 
     def write(self, linear: QuantizedLinear, spec: Spec, name: str = "") -> dict[str, Array]:
         return compressed_tensors_format.write(linear, spec.sym, name)

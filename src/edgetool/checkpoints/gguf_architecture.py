@@ -52,7 +52,7 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Shaped], whe
     Raises BadInput, beginning with `where`, for what transformers would compute differently or not at all.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in CLASSES:
+    if not isinstance(architecture, str) or architecture not in CLASSES:
         raise BadInput(f"{where}: architecture {architecture!r} cannot be imported, only {', '.join(CLASSES)}")
     if metadata.get(f"{architecture}.expert_count"):
         raise BadInput(f"{where}: {architecture} with experts (MoE) cannot be imported, only dense models")

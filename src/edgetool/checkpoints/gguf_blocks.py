@@ -9,8 +9,9 @@ is a sequence of blocks; d and m are little-endian float16. A block of 32 values
     Q8_0  34 bytes  d, qs[32]           x = d * q,          q int8
 
 Byte j of the 16 in qs holds value j in its low and value j + 16 in its high nibble. qh is a little-endian uint32 whose
-bit i is bit 4 of value i. All three products are exact in float32, as is d * q + m where m is -d times a small integer,
-so values are equal to the canonical form's bit for bit (but for the sign of a Q4_1 zero).
+bit i is bit 4 of value i. All products are exact in float32, as is d * q + m where m is -d times a small integer, so
+values are equal to the canonical form's bit for bit. (For that, Q4_1 is used with positive scales only: with a negative
+d, where the canonical form has a weight of -0, d * q + m is +0.)
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _CHUNK_BLOCKS = 1 << 14  # blocks worked on at a time, so that temporaries stay 
 def read(kind: str, stored: Array, name: str = "") -> QuantizedLinear:
     """Rows of blocks, uint8 [out_features, row_bytes] of a type in CODE_BITS, to canonical form with groups of 32.
 
-    Q4_0: zeros are 8. Q8_0: codes are q + 128, zeros 128. Q4_1: the zero is -m / d; where that is no integer in 0..15
-    BadInput is raised (see `inexact_minima`), as for a scale that is NaN or infinite.
+    Q4_0: zeros are 8. Q8_0: codes are q + 128, zeros 128. Q4_1: the zero is -m / d; BadInput is raised where that is
+    no integer in 0..15 or d is negative (see `inexact_minima`), as for a scale that is NaN or infinite.
     """
     rows = stored.shape[0]
     blocks = stored.reshape(-1, BLOCK_BYTES[kind])
@@ -71,7 +72,7 @@ def read(kind: str, stored: Array, name: str = "") -> QuantizedLinear:
 
 
 def inexact_minima(stored: Array) -> int:
-    """How many of the Q4_1 blocks in uint8 [rows, row_bytes] have a minimum that is not -d * z for a z of 0..15."""
+    """How many of the Q4_1 blocks in uint8 [rows, row_bytes] are not -d * z, z of 0..15 and d > 0, in their minimum."""
     return int((_zero_candidates(stored.reshape(-1, BLOCK_BYTES["Q4_1"])) < 0).sum())
 
 
@@ -83,23 +84,23 @@ def _zeros_of_minima(blocks: Array, name: str) -> Array:
 
 
 def _zero_candidates(blocks: Array) -> npt.NDArray[np.int16]:
-    """For each Q4_1 block the z of 0..15 with m == -d * z, or -1. A block of zeros (d and m both 0) has any: 8."""
+    """For each Q4_1 block the z of 0..15 with m == -d * z and d > 0, or -1; 0 for a block of zeros (d and m are 0)."""
     # float64 holds float16 times a small integer exactly
     pairs = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float64)
     d, m = pairs[:, 0], pairs[:, 1]
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.rint(-m / d)
-        exact = (d * z == -m) & (z >= 0) & (z <= 15)
-    z = np.where(exact, z, -1)
-    return np.where((d == 0) & (m == 0), 8, z).astype(np.int16)
+        exact = (d > 0) & (d * z == -m) & (z >= 0) & (z <= 15)
+    nothing = (d == 0) & ~np.signbit(d) & (m == 0)
+    return np.where(exact, z, np.where(nothing, 0, -1)).astype(np.int16)
 
 
 def kind_for(linear: QuantizedLinear) -> str | None:
     """The smallest type that holds every weight of `linear` exactly, or None (`refusal` says why).
 
     8-bit codes go into Q8_0. Narrower ones into Q4_0 where code - zero is in -8..7 (symmetric 4 bit, all of 2 and 3
-    bits), else into Q4_1 where every -scale * zero is a float16, else into Q5_0, which holds any difference of two
-    4-bit numbers.
+    bits), else into Q4_1 where scales are positive and every -scale * zero is a float16, else into Q5_0, which holds
+    any difference of two 4-bit numbers.
     """
     half = _half_scales(linear)
     if half is None or _misaligned(linear) is not None:
@@ -108,11 +109,7 @@ def kind_for(linear: QuantizedLinear) -> str | None:
         return "Q8_0" if _in_range(linear, "Q8_0") else None
     if _in_range(linear, "Q4_0"):
         return "Q4_0"
-    with np.errstate(over="ignore"):
-        minima = (-half.astype(np.float64) * linear.zeros).astype(np.float16)
-    if np.array_equal(minima, -half.astype(np.float64) * linear.zeros):
-        return "Q4_1"
-    return "Q5_0"
+    return "Q4_1" if _minima_are_exact(half, linear.zeros) else "Q5_0"
 
 
 def refusal(linear: QuantizedLinear) -> str | None:
@@ -174,6 +171,13 @@ def _half_scales(linear: QuantizedLinear) -> Array | None:
         return with_scale_dtype(linear, "F16").scales
     except BadInput:
         return None
+
+
+def _minima_are_exact(scales: Array, zeros: Array) -> bool:
+    signs = (scales > 0) | ((scales == 0) & ~np.signbit(scales) & (zeros == 0))
+    exact = scales.astype(np.float64) * zeros
+    with np.errstate(over="ignore"):
+        return bool(signs.all()) and np.array_equal(exact.astype(np.float16), exact)
 
 
 def _group_of_block(linear: QuantizedLinear) -> Array:

@@ -1,8 +1,7 @@
 """An opened GGUF file: its metadata, its tensor table, and rows of its tensors as stored or as float32.
 
-Container: ggml-org/ggml docs/gguf.md. Header, table and the types that edgetool has no code for are decoded by the
-`gguf` package; data is read with plain reads, a range of rows at a time, not through that package's memory map, whose
-pages would count as this process's memory.
+Values are decoded by the `gguf` package; data is read with plain reads, a range of rows at a time, not through that
+package's memory map, whose pages would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints.gguf_header import read_header
 from edgetool.errors import BadInput, MissingDependency
 
 Array = npt.NDArray[Any]
 
 _FETCH_AGAIN = "fetch the file again"
+_UPGRADE = "pip install --upgrade gguf"
 _DENSE_FACTOR = 2  # rows wanted out of order are read in one piece where that reads at most this many times as much
 
 
@@ -67,27 +68,25 @@ class GgufFile:
         `gguf` package.
         """
         try:
-            from gguf import GGUFReader
+            from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         except ImportError:
             raise MissingDependency(
                 "reading GGUF files (the demo model is one) needs the package gguf", "pip install 'edgetool[demo]'"
             ) from None
-        try:
-            with path.open("rb") as file:
-                magic, size = file.read(4), os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
-        if magic != b"GGUF":
-            raise BadInput(f"{path}: not a GGUF file (begins with {magic!r})")
-        try:
-            reader = GGUFReader(path)
-            if reader.endianess.name != "LITTLE":
-                raise ValueError("it is big-endian")
-            metadata = {name: field.contents() for name, field in reader.fields.items()}
-            tensors = {tensor.name: _entry(tensor) for tensor in reader.tensors}
-        except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, MemoryError, RecursionError) as error:
-            # the reader has no errors of its own: a cut or damaged file ends in one of these
-            raise BadInput(f"{path}: damaged GGUF file: {error}", _FETCH_AGAIN) from error
+        metadata, table = read_header(path)
+        tensors: dict[str, GgufTensor] = {}
+        for row in table:
+            where = f"{path}: damaged GGUF file: tensor {row.name!r}"
+            try:
+                kind = GGMLQuantizationType(row.type_number)
+            except ValueError as error:
+                raise BadInput(f"{where} has type {row.type_number}, which is not known", _UPGRADE) from error
+            block_values, block_bytes = GGML_QUANT_SIZES[kind]
+            if 0 in row.shape or row.shape[-1] % block_values:
+                raise BadInput(f"{where} has shape {row.shape}, which is no whole blocks of {kind.name}", _FETCH_AGAIN)
+            nbytes = math.prod(row.shape) // block_values * block_bytes
+            tensors[row.name] = GgufTensor(row.name, row.shape, kind.name, row.offset, nbytes)
+        size = path.stat().st_size
         for tensor in tensors.values():
             if tensor.offset + tensor.nbytes > size:
                 raise BadInput(f"{path}: truncated: tensor {tensor.name!r} reaches beyond the file's {size} bytes")
@@ -135,17 +134,3 @@ class GgufFile:
                 )
             done += count
         return whole
-
-
-def _entry(tensor: Any) -> GgufTensor:
-    """The table entry of a gguf.ReaderTensor, its size computed again: that package's own product can wrap around."""
-    from gguf import GGML_QUANT_SIZES
-
-    shape = tuple(int(length) for length in reversed(tensor.shape))
-    if not shape or 0 in shape:
-        raise ValueError(f"tensor {tensor.name!r} has shape {shape}")
-    block_values, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
-    if shape[-1] % block_values:
-        raise ValueError(f"tensor {tensor.name!r}: rows of {shape[-1]} are no whole blocks of {block_values}")
-    nbytes = math.prod(shape) // block_values * block_bytes
-    return GgufTensor(tensor.name, shape, tensor.tensor_type.name, int(tensor.data_offset), nbytes)

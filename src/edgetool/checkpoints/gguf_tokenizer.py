@@ -13,13 +13,14 @@ from typing import Any
 from edgetool.errors import BadInput
 
 # values of tokenizer.ggml.token_type (ggml-org/ggml docs/gguf.md)
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+_LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # up to three digits instead of one
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _BYTE_LEVEL,
     # every digit alone, whatever stands before it: "a  1" is a, two spaces, 1; ByteLevel alone cuts between the spaces
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
@@ -30,8 +31,23 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         ],
     },
+    "llama-bpe": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    },
 }
-_NORMALIZERS: dict[str, dict[str, Any]] = {"qwen2": {"type": "NFC"}}
+"""Value of tokenizer.ggml.pre -> content of `pre_tokenizer` in tokenizer.json."""
+
+NORMALIZERS: dict[str, dict[str, Any]] = {"qwen2": {"type": "NFC"}}
+"""Value of tokenizer.ggml.pre -> content of `normalizer`; null for the others."""
+
+WHOLE_WORDS = {"llama-bpe"}
+"""Values of tokenizer.ggml.pre with which a word that is a token is taken whole (ignore_merges)."""
+
+_BOS_BY_DEFAULT = {"llama-bpe"}  # where llama.cpp adds a begin-of-text token unless the file says no
 
 
 def tokenizer_json(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -43,14 +59,13 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise BadInput(f"{where}: tokenizer of kind {kind!r} cannot be converted, only byte-level BPE ('gpt2')")
-    if pre not in _PRE_TOKENIZERS:
-        raise BadInput(f"{where}: pre-tokenizer {pre!r} is not known; known are {', '.join(_PRE_TOKENIZERS)}")
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
-    merges: list[str] = metadata.get("tokenizer.ggml.merges") or []
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise BadInput(f"{where}: pre-tokenizer {pre!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
+    tokens, merges = _list(metadata, "tokens", str), _list(metadata, "merges", str)
+    types = _list(metadata, "token_type", int) or [NORMAL] * len(tokens)
     if not tokens or not merges or len(types) != len(tokens):
         raise BadInput(f"{where}: {len(tokens)} tokens, {len(types)} token types, {len(merges)} merges: do not fit")
-    vocab = {token: number for number, token in enumerate(tokens) if types[number] != _UNUSED}
+    vocab = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
     for merge in merges:
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
@@ -67,13 +82,13 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": kind == _CONTROL,
+                "special": kind == CONTROL,
             }
             for number, kind in enumerate(types)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (CONTROL, USER_DEFINED)
         ],
-        "normalizer": _NORMALIZERS.get(pre),
-        "pre_tokenizer": _PRE_TOKENIZERS[pre],
+        "normalizer": NORMALIZERS.get(pre),
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
         "post_processor": _post_processor(metadata, tokens, where),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
@@ -84,16 +99,22 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
+            "ignore_merges": pre in WHOLE_WORDS,
             "vocab": vocab,
             "merges": merges,
         },
     }
 
 
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """An array of the tokenizer's; empty where it is missing or of something else."""
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    return value if isinstance(value, list) and all(isinstance(item, kind) for item in value) else []
+
+
 def _post_processor(metadata: Mapping[str, Any], tokens: list[str], where: str) -> dict[str, Any]:
     """Puts the begin-of-text token before the text where the file asks for it."""
-    if not metadata.get("tokenizer.ggml.add_bos_token", False):
+    if not metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") in _BOS_BY_DEFAULT):
         return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
     number = special_token_ids(metadata, where).get("bos")
     if number is None:
@@ -115,12 +136,12 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str], where: str) 
 def special_token_ids(metadata: Mapping[str, Any], where: str) -> dict[str, int]:
     """Ids of bos, eos, pad and unk, as far as the file names them. Raises BadInput for one outside the vocabulary."""
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
-    size = len(metadata.get("tokenizer.ggml.tokens") or [])
+    size = len(_list(metadata, "tokens", str))
     found = {}
     for role, key in keys.items():
         number = metadata.get(f"tokenizer.ggml.{key}")
         if number is not None:
-            if not 0 <= number < size:
+            if not isinstance(number, int) or not 0 <= number < size:
                 raise BadInput(f"{where}: tokenizer.ggml.{key} is {number}, the vocabulary has {size} tokens")
             found[role] = int(number)
     return found

@@ -65,6 +65,11 @@ class PlainLinear:
         size = int(np.bincount(self.groups).max())
         return np.array_equal(self.groups, np.arange(self.in_features) // size)
 
+    def same_words(self, other: PlainLinear) -> bool:
+        """Whether the codes are packed the same way and into the same words, so that all of them are equal."""
+        alike = (self._kind, self.bits, self.in_features) == (other._kind, other.bits, other.in_features)
+        return alike and np.array_equal(self._words, other._words)
+
     def codes(self, rows: Rows) -> Array:
         """uint8 [len(rows), in_features], 0 .. 2**bits - 1, in whatever memory order is cheap."""
         if self._kind == "gptq":

@@ -17,6 +17,7 @@ from edgetool.checkpoints import awq_format, compressed_tensors_format
 from edgetool.checkpoints.awq_words import from_awq, to_awq
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.scratch import Scratch
 
 Array = npt.NDArray[Any]
 Adapt = Callable[[QuantizedLinear], QuantizedLinear | None]
@@ -32,6 +33,7 @@ def repack(
     target_spec: Spec,
     name: str = "",
     adapt: Adapt | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, Array] | None:
     """Suffix -> array as `FORMATS[target].write` returns it, or None where the words themselves must change.
 
@@ -39,6 +41,7 @@ def repack(
     bytes stay the same (GPTQ version 1 to 2, for example) is passed on, not copied.
     adapt: what happens between reading and writing, for example narrower scales. It gets the layer with
     `absent_codes` and returns it changed in anything but codes, or None where codes would have to change.
+    scratch: where the packed words are made; they are then good until the thread's next call.
     None is also returned for 3-bit words of compressed-tensors 0.17 and where AWQ's rows do not fill blocks of eight.
     Raises BadInput as `read` and `write` do.
     """
@@ -52,7 +55,7 @@ def repack(
         layer = adapted
     rest = FORMATS[target].write_rest(layer, target_spec, name)
     codes = FORMATS[target].suffixes[0]
-    return {codes: _words(tensors[FORMATS[source].suffixes[0]], source, target), **rest}
+    return {codes: _words(tensors[FORMATS[source].suffixes[0]], source, target, scratch), **rest}
 
 
 def _words_move(tensors: Mapping[str, Array], source: str, target: str, layer: QuantizedLinear) -> bool:
@@ -70,31 +73,35 @@ def _along(name: str) -> str:
     return "outputs" if name == "awq" else "inputs"
 
 
-def _words(packed: Array, source: str, target: str) -> Array:
+def _words(packed: Array, source: str, target: str, scratch: Scratch | None) -> Array:
     """The packed codes in the target's order of words."""
+
+    def empty(*shape: int) -> Array:
+        return np.empty(shape, np.int32) if scratch is None else scratch.empty("repacked", shape, np.int32)
+
     if source == target or {source, target} == {"gptq", "gptq_v2"}:
         return np.ascontiguousarray(packed)
     # Both ways of packing along the inputs are handled as GPTQ's [words, out_features].
     words = packed.T if source == "compressed-tensors" else packed
     if target == "awq":
-        out = np.empty((8 * words.shape[0], words.shape[1] // 8), dtype=np.int32)
+        out = empty(8 * words.shape[0], words.shape[1] // 8)
         to_awq(words, out)
         return out
     if source == "awq":
         rows, out_features = packed.shape[0] // 8, 8 * packed.shape[1]
-        shape = (out_features, rows) if target == "compressed-tensors" else (rows, out_features)
-        out = np.empty(shape, dtype=np.int32)
-        from_awq(packed, out.T if target == "compressed-tensors" else out)
+        transposed = target == "compressed-tensors"
+        out = empty(out_features, rows) if transposed else empty(rows, out_features)
+        from_awq(packed, out.T if transposed else out)
         return out
-    return _transposed(packed)
+    out = empty(packed.shape[1], packed.shape[0])
+    _transpose(packed, out)
+    return out
 
 
-def _transposed(words: Array) -> Array:
-    """words.T, contiguous, a tile at a time."""
+def _transpose(words: Array, out: Array) -> None:
+    """Fill `out` with words.T, a tile at a time."""
     rows, columns = words.shape
-    out = np.empty((columns, rows), dtype=np.int32)
     for top in range(0, rows, _TILE_ROWS):
         for left in range(0, columns, _TILE_COLUMNS):
             bottom, right = top + _TILE_ROWS, left + _TILE_COLUMNS
             out[left:right, top:bottom] = words[top:bottom, left:right].T
-    return out

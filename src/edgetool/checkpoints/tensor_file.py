@@ -161,9 +161,12 @@ def _by_offset(info: TensorInfo) -> tuple[int, int]:
     return info.offset, info.nbytes  # an empty tensor sorts before the one that starts at the same byte
 
 
-def read_tensor(info: TensorInfo) -> AnyArray:
-    """The whole tensor as a fresh array of shape `info.shape` and dtype NUMPY_DTYPES[info.dtype] (BF16 as uint16)."""
-    array = np.empty(info.shape, dtype=NUMPY_DTYPES[info.dtype])
+def read_tensor(info: TensorInfo, out: AnyArray | None = None) -> AnyArray:
+    """The whole tensor as an array of shape `info.shape` and dtype NUMPY_DTYPES[info.dtype] (BF16 as uint16).
+
+    out: a contiguous array of that shape and dtype to read into.
+    """
+    array = np.empty(info.shape, dtype=NUMPY_DTYPES[info.dtype]) if out is None else out
     with info.path.open("rb", buffering=0) as file:
         _fill(file, info.offset, array, info)
     return array
@@ -296,11 +299,15 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
+        try:
+            if kind is None:
+                self.close()
+                return
+        except BaseException:
             self.path.unlink(missing_ok=True)
+            raise
+        self.abort()
+        self.path.unlink(missing_ok=True)
 
 
 def _layout(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:

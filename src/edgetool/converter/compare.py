@@ -21,7 +21,7 @@ _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
 _MIN_ROWS = 64  # so that formats that pack along the output channels are read in whole cache lines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """Which channel of the source each channel of the output is: row r was rows[r]; None: as they were.
 
@@ -168,6 +168,8 @@ def _moved_parts(source: PlainLinear, output: PlainLinear, order: Order) -> list
 
 
 def _first_different_code(source: PlainLinear, output: PlainLinear, order: Order) -> str | None:
+    if order.rows is None and order.columns is None and source.same_words(output):
+        return None
     for rows in _blocks(output):
         meant = source.codes(order.source_rows(rows))
         meant = meant if order.columns is None else meant[:, order.columns]
@@ -207,7 +209,8 @@ def _first(meant: Array, made: Array, start: int, dtype: str = "", *, signed: bo
     place = tuple(int(index) for index in np.unravel_index(int(np.argmax(different)), different.shape))
     where = [start + place[0], *place[1:]]
     shown = where[0] if len(where) == 1 else where
-    return f"{shown} is {made[place]}, must be {meant[place]} ({int(different.sum())} of this block differ)"
+    more = int(different.sum()) - 1
+    return f"{shown} is {made[place]}, must be {meant[place]}" + (f" (and {more} more near it)" if more else "")
 
 
 def _bits(array: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,8 +112,3 @@ class CheckpointSide:
 def _values(info: TensorInfo) -> Values:
     itemsize = NUMPY_DTYPES[info.dtype].itemsize
     return Values(info.dtype, info.shape, lambda count: iter_chunks(info, count * itemsize))
-
-
-def open_side(path: Path, format_name: str, linears: Mapping[str, tuple[int, int]]) -> Side:
-    """A model as verification reads it; see `CheckpointSide.of`. Raises BadInput as Checkpoint.open does."""
-    return CheckpointSide.of(Checkpoint.open(path), format_name, linears)

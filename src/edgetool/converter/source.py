@@ -15,9 +15,18 @@ from edgetool.artifacts import disk_errors
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.config_claims import claimed_quantization
-from edgetool.checkpoints.detect import ModuleLayout, QuantizationFound, detect, read_linear, read_zeros
+from edgetool.checkpoints.detect import (
+    ModuleLayout,
+    QuantizationFound,
+    detect,
+    module_format,
+    read_linear,
+    read_rest,
+    read_stored,
+)
 from edgetool.checkpoints.formats import FORMATS, Spec
-from edgetool.checkpoints.tensor_file import TensorInfo, iter_chunks
+from edgetool.checkpoints.scratch import Scratch
+from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorInfo, iter_chunks, read_tensor
 from edgetool.errors import BadInput
 
 Array = npt.NDArray[Any]
@@ -198,13 +207,26 @@ class CheckpointSource:
 
     def zeros(self, module: str) -> Array:
         """uint8 [out_features, n_groups]."""
-        return read_zeros(self.checkpoint, module, self._quantized())
+        return self.rest(module).zeros
 
-    def packed(self, module: str) -> dict[str, Array]:
-        """The module's tensors as they are stored, by suffix."""
-        found = self._quantized()
-        names = {suffix: f"{module}.{suffix}" for suffix in _suffixes(found.layouts[module])}
-        return {suffix: self.checkpoint.read(name) for suffix, name in names.items() if name in self.checkpoint.tensors}
+    def rest(self, module: str) -> QuantizedLinear:
+        """The linear, checked as `linear` does, but with `absent_codes`; its codes are not read."""
+        return read_rest(self.checkpoint, module, self._quantized())
+
+    def format_of(self, module: str) -> tuple[str, Spec]:
+        """The name in FORMATS of this very module's layout, and the specification to read it with."""
+        entry, spec = module_format(self._quantized(), module)
+        return entry.name, spec
+
+    def packed(self, module: str, scratch: Scratch | None = None) -> dict[str, Array]:
+        """The module's tensors as they are stored, by suffix (BF16 as uint16).
+
+        scratch: where its codes are put; they are then good until the thread's next call.
+        """
+        codes, *others = FORMATS[self.format_of(module)[0]].suffixes
+        info = self.checkpoint.tensors[f"{module}.{codes}"]
+        out = None if scratch is None else scratch.empty("packed", info.shape, NUMPY_DTYPES[info.dtype])
+        return {codes: read_tensor(info, out), **read_stored(self.checkpoint, module, others)}
 
     def write_side_files(self, directory: Path) -> None:
         """Copy tokenizer, generation config, chat template and so on into `directory`."""

@@ -22,12 +22,14 @@ from edgetool.converter.compare import (
     compare_weights,
     crc32,
 )
-from edgetool.converter.sides import Side, open_side
+from edgetool.converter.sides import CheckpointSide, Side
 from edgetool.errors import BadInput, VerificationFailed
 from edgetool.progress import NullProgress, Progress
 
 SAMPLE_EVERY = 8
 SAMPLE_AT_LEAST = 4
+
+_HINT = "run it again; if the same tensor is wrong again, please report it, otherwise doubt the disk or the memory"
 
 FLOATS = {"fp16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """16-bit target -> safetensors' dtype and config.json's."""
@@ -59,6 +61,20 @@ class Verified:
 
 Result = list[tuple[str, Difference | None]]
 """Names of tensors of the output, each with what is wrong with it."""
+
+
+def open_side(path: Path, format_name: str, linears: Mapping[str, tuple[int, int]], dtype: str = "F16") -> Side:
+    """A checkpoint directory or a GGUF file as verification reads it.
+
+    format_name decides GPTQ's version. linears: the quantised linears, each with its (bits, group_size). dtype: F16,
+    BF16 or F32, into which other tensors are rounded that are quantised too (a GGUF file's embeddings).
+    Raises BadInput for what cannot be read, MissingDependency for GGUF without the `gguf` package.
+    """
+    if path.is_file():
+        from edgetool.converter.gguf_side import GgufSide
+
+        return GgufSide.open(path, linears, dtype)
+    return CheckpointSide.of(Checkpoint.open(path), format_name, linears)
 
 
 def verify(
@@ -93,12 +109,17 @@ def verify(
     for name, wrong in results:
         if wrong is not None:
             counts = {"tensors_compared": verified.compared, "tensors_equal": verified.equal}
-            raise VerificationFailed(f"the output is wrong: {name} {wrong.text}", details=counts)
+            raise VerificationFailed(f"the output is wrong: {name} {wrong.text}", _HINT, details=counts)
     return verified
 
 
 def _opened(output: Path, meant: Meant) -> Side:
     """The output's side, after its configuration was held against its tensors."""
+    if meant.target == "gguf":
+        files = sorted(output.glob("*.gguf"))
+        if len(files) != 1:
+            raise VerificationFailed(f"the output holds {len(files)} GGUF files, not one")
+        return open_side(files[0], "gguf", meant.linears)
     checkpoint = Checkpoint.open(output)
     claim = claimed_quantization(checkpoint.config)
     if meant.target in FLOATS:

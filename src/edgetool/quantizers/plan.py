@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +19,7 @@ from edgetool.models.architectures import FAMILIES, LINEARS_PER_LAYER, STAGES, L
 from edgetool.progress_lines import size as readable
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.storage import stored_dtype_of
+from edgetool.runs import free_disk_bytes
 
 GROUP_SIZES = (128, 64, 32)
 _INTERPRETER_BYTES = 380 * 2**20
@@ -139,13 +138,7 @@ def make_plan(
             f"quantising needs about {readable(needed)} {where}, {readable(available)} are free",
             "free some, or use another --device",
         )
-    place = existing_parent(config.output)
-    free_disk = shutil.disk_usage(place).free
-    if costs.disk_bytes > free_disk:
-        raise ResourceUnavailable(
-            f"quantising needs about {readable(costs.disk_bytes)} of disk, {place} has {readable(free_disk)} free",
-            "choose an --output on a larger disk",
-        )
+    free_disk = free_disk_bytes(config.output, costs.disk_bytes, "quantising")
     text = layers.text_config
     head_dim = int(text.get("head_dim") or layers.hidden_size // int(text.get("num_attention_heads", 1)))
     arguments = (recipe.bits, recipe.group_size, recipe.sym, recipe.desc_act)
@@ -187,11 +180,3 @@ def free_gpu_bytes(device: Any) -> int | None:
     import torch
 
     return int(torch.cuda.mem_get_info(device)[0])
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest directory above `path` that exists."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return place

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edgetool.checkpoints.bfloat16 import float32_to_bfloat16
 from edgetool.checkpoints.canonical import normal_g_idx, trivial_g_idx
 from edgetool.errors import BadInput
 from tests.parity.test_layouts import formula, random_linear
@@ -25,9 +26,28 @@ def test_dequantising_more_than_one_block_gives_every_row():
     assert np.array_equal(wide.dequantize()[rows], few.dequantize())
 
 
-def test_float16_output_is_rounded_once_from_the_float32_product():
-    halves = linear.dequantize(np.empty(linear.codes.shape, dtype=np.float16))
-    assert np.array_equal(halves, formula(linear).astype(np.float16))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["usual", "subnormal", "zero", "overflowing", "float32"])
+def test_narrow_output_is_rounded_once_from_the_float32_product(kind, bits):
+    layer = random_linear(9, 40, 4096, bits, 64, sym=False)
+    if kind == "float32":
+        layer = replace(layer, scales=layer.scales.astype(np.float32) * np.float32(1.2345678), scale_dtype="F32")
+    elif kind != "usual":
+        odd = {"subnormal": 3e-6, "zero": -0.0, "overflowing": 60000.0}[kind]
+        layer.scales[3, 5] = odd  # in the first block of rows, not in the others
+    with np.errstate(over="ignore"):
+        expected = layer.dequantize().astype(np.float16)
+    halves = layer.dequantize(np.empty(layer.codes.shape, dtype=np.float16))
+    assert np.array_equal(halves.view(np.uint16), expected.view(np.uint16))
+    assert np.isinf(halves).any() == (kind == "overflowing")
+    bfloat16 = layer.dequantize(np.empty(layer.codes.shape, dtype=np.uint16))
+    assert np.array_equal(bfloat16, float32_to_bfloat16(layer.dequantize()))
+
+
+def test_output_may_be_a_strided_view():
+    wide = np.zeros((6, 128), dtype=np.float16)
+    linear.dequantize(wide[:, ::2])
+    assert np.array_equal(wide[:, ::2], formula(linear).astype(np.float16)) and not wide[:, 1::2].any()
 
 
 def test_symmetry_is_a_property_of_the_zeros():

@@ -216,3 +216,17 @@ def test_the_summary_for_reports_is_plain_data():
         "modules": 9,
         "disagreements": [],
     }
+
+
+@pytest.mark.parametrize("out_features", [8, 16, 24, 40])
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_few_output_channels_are_not_taken_for_fewer_bits(name, out_features):
+    # 24 zeros of 4 bits fill three words, and so do 24 of 3 bits with some bits idle
+    spec = Spec(4, 32, False)
+    memory = Memory({"quantization_config": FORMATS[name].quantization_config(spec, ["lm_head"])})
+    layer = quantised(3, (out_features, 128), spec)
+    for suffix, array in FORMATS[name].write(layer, spec, "layer").items():
+        memory.put(f"layer.{suffix}", array)
+    found = memory.detect()
+    assert (found.format.removesuffix("_v2"), found.bits, found.group_size) == (name, 4, 32)
+    assert_same(read_linear(memory, "layer", replace(found, format=name)), layer)

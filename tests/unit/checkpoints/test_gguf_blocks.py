@@ -147,8 +147,7 @@ def test_asymmetric_four_bits_take_q4_1_only_where_every_minimum_is_a_float16() 
     linear = _linear(4, 32, sym=False, scales=scales)
     assert kind_for(linear) == "Q4_1"
     stored = write("Q4_1", linear)
-    # == and not the bits: d * q + m is +0 where d * (q - z) of a negative d is -0
-    np.testing.assert_array_equal(_theirs("Q4_1", stored), linear.dequantize())
+    _same_bits(_theirs("Q4_1", stored), linear.dequantize())
     again = read("Q4_1", stored)
     for field in ("codes", "scales", "zeros"):
         np.testing.assert_array_equal(getattr(again, field), getattr(linear, field))
@@ -212,19 +211,34 @@ def test_minima_beside_the_grid_are_counted_and_refused() -> None:
         "above zero": (0.25, 0.25),
         "beyond fifteen": (0.25, -4.0),
         "no scale": (0.0, -0.75),
+        "negative scale": (-0.25, 0.75),
+        "negative nothing": (-0.0, 0.0),
         "not a number": (0.25, float("nan")),
         "infinite": (float("inf"), float("-inf")),
     }
     bad = [struct.pack("<ee16B", d, m, *range(16)) for d, m in cases.values()]
     stored = np.frombuffer(good + b"".join(bad), np.uint8).reshape(1, -1)
     assert inexact_minima(stored) == len(cases)
-    with pytest.raises(BadInput, match=r"6 of 7 minima are no multiple of their scale \(x\.y\)"):
+    with pytest.raises(BadInput, match=r"8 of 9 minima are no multiple of their scale \(x\.y\)"):
         read("Q4_1", stored, "x.y")
 
 
-def test_a_block_of_zeros_is_symmetric() -> None:
-    linear = read("Q4_1", np.zeros((1, 20), np.uint8))
-    assert (linear.sym, linear.dequantize().tolist()) == (True, [[0.0] * 32])
+def test_a_block_of_zeros_holds_positive_zeros_whatever_its_codes() -> None:
+    stored = np.frombuffer(struct.pack("<ee16B", 0.0, 0.0, *range(16)), np.uint8).reshape(1, -1)
+    linear = read("Q4_1", stored)
+    _same_bits(linear.dequantize(), np.zeros((1, 32), np.float32))
+    _same_bits(linear.dequantize(), _theirs("Q4_1", stored))
+    assert write("Q4_1", linear).tobytes() == stored.tobytes()
+
+
+@pytest.mark.parametrize(("scale", "zero"), [(-0.5, 3), (0.0, 3), (-0.0, 0)])
+def test_q4_1_is_not_taken_where_it_would_change_the_sign_of_a_zero(scale: float, zero: int) -> None:
+    linear = _linear(4, 32, sym=False, scales=np.full((6, 8), 0.5, np.float16))
+    assert kind_for(linear) == "Q4_1"
+    linear.scales[1, 1], linear.zeros[1, 1] = scale, zero
+    linear.codes[1, 32:64] = np.arange(32) // 2
+    assert kind_for(linear) == "Q5_0"
+    _same_bits(_theirs("Q5_0", write("Q5_0", linear)), linear.dequantize())
 
 
 def test_writing_into_a_type_that_is_too_narrow_is_an_error_and_no_overflow() -> None:

@@ -16,7 +16,7 @@ from edgetool.checkpoints import plain_reader
 from edgetool.checkpoints.plain_reader import read
 from edgetool.errors import BadInput
 from tests.fakes.packed_checkpoints import Layer, random_layer, read_safetensors
-from tests.parity.scalar_layouts import put
+from tests.parity.scalar_layouts import stream
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 KINDS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
@@ -258,9 +258,8 @@ def test_the_wrong_number_of_bits_is_refused() -> None:
 
 
 def test_the_oracle_of_this_file_puts_fields_across_words() -> None:
-    words = [0, 0, 0]
-    put(words, 10, 3, 0b101)
-    assert words == [1 << 30, 1, 0]
+    assert stream([0] * 10 + [0b101] + [0] * 10 + [0b110], 3) == [1 << 30, 1, 0b11]
+    assert stream([0xA, 0xB, 0xC], 4) == [0xCBA]
 
 
 def test_the_plain_reader_shares_no_code_with_the_formats() -> None:

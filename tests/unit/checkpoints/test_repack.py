@@ -10,6 +10,7 @@ from edgetool.checkpoints.awq_words import from_awq, to_awq
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.repack import repack
 from edgetool.checkpoints.scale_storage import with_scale_dtype
+from edgetool.checkpoints.scratch import Scratch
 from edgetool.errors import BadInput
 from tests.parity import scalar_layouts as oracle
 from tests.parity.test_layouts import formula, random_linear
@@ -184,6 +185,30 @@ def test_two_threads_do_not_disturb_each_other():
         moved = list(pool.map(lambda tensors: repack(tensors, "gptq", "awq", spec, spec), stored * 8))
     for index, tensors in enumerate(moved):
         assert_same_bytes(tensors, FORMATS["awq"].write(layers[index % 2], spec))
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_memory_that_is_used_again_holds_the_same_words(source, target):
+    spec, scratch = Spec(4, 32, True), Scratch()
+    large, small = (random_linear(seed, size, size, 4, 32, True) for seed, size in enumerate((256, 96)))
+    for linear in (small, large, small, large):
+        tensors = FORMATS[source].write(linear, spec)
+        moved = repack(tensors, source, target, spec, spec, scratch=scratch)
+        assert_same_bytes(moved, FORMATS[target].write(linear, spec))
+
+
+def test_scratch_memory_is_used_again_by_its_thread_for_its_purpose_and_by_nothing_else():
+    scratch = Scratch()
+    first = scratch.empty("a", (100, 7), np.int32)
+    first[:] = 1
+    assert first.shape == (100, 7) and first.dtype == np.int32 and first.flags.c_contiguous
+    other = scratch.empty("b", (50,), np.uint16)
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(scratch.empty, "a", (100, 7), np.int32).result()
+    assert not np.shares_memory(first, other) and not np.shares_memory(first, elsewhere)
+    assert np.shares_memory(scratch.empty("a", (5, 5), np.uint8), first)
+    assert scratch.empty("a", (1000,), np.int32).size == 1000  # larger than what is held
+    assert (first == 1).all()
 
 
 def test_shapes_that_do_not_fit_each_other_are_a_bug_and_say_so():

@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.models.architectures import map_layers
 from edgetool.quantizers import plan as plan_module
 from edgetool.quantizers.job import recipe_of
-from edgetool.quantizers.plan import existing_parent, make_plan
+from edgetool.quantizers.plan import make_plan
+from edgetool.runs import existing_parent
 from tests.unit.models.reference import stirred_model
 from tests.unit.quantizers.finished import finished_run
 
@@ -124,7 +126,7 @@ def test_too_little_gpu_memory_is_refused_whatever_the_host_has(llama, tmp_path)
 def test_too_little_disk_is_refused_naming_the_place(llama, tmp_path, monkeypatch):
     asked = []
     usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda place: asked.append(place) or usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: asked.append(place) or usage)
     with pytest.raises(ResourceUnavailable, match=r"of disk, .* has 1\.0 kB free") as refusal:
         plan(llama, tmp_path / "not" / "there" / "yet")
     assert asked == [tmp_path]  # the nearest directory that exists

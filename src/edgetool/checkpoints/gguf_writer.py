@@ -1,0 +1,165 @@
+"""The GGUF container, version 3, written as a stream: header at once, then each tensor at its place, in any order.
+
+Layout (ggml-org/ggml docs/gguf.md), all little-endian: "GGUF", uint32 version, uint64 number of tensors, uint64 number
+of metadata; metadata as key, uint32 type, value; for each tensor its name, uint32 number of dimensions, uint64 each
+dimension (innermost first), uint32 type, uint64 offset into the data; padding to 32; the data, each tensor padded to 32
+bytes. Strings are a uint64 length and UTF-8. The same content gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetool.checkpoints.gguf_blocks import BLOCK, BLOCK_BYTES
+
+Array = npt.NDArray[Any]
+
+TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "BF16": 30}
+"""Element types that can be written -> their number, enum ggml_type."""
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+"""Type of most of a model's matrices -> general.file_type, enum llama_ftype."""
+
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_VERSION = 3
+_ALIGNMENT = 32
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+Value = bool | int | float | str | Sequence[str] | Sequence[int]
+"""Metadata: bool, int as uint32, float as float32, str, and lists of str or of int (as int32)."""
+
+Entry = tuple[str, str, tuple[int, ...]]
+"""Name, type and shape (row-major) of a tensor."""
+
+
+def tensor_bytes(entry: Entry) -> int:
+    """Size of a tensor's data without padding."""
+    _, kind, shape = entry
+    if kind in _FLOAT_BYTES:
+        return math.prod(shape) * _FLOAT_BYTES[kind]
+    return math.prod(shape) // BLOCK * BLOCK_BYTES[kind]
+
+
+class GgufFileWriter:
+    """Writes one GGUF file. Tensors lie in the order of `entries` and may be written in any order, from any thread.
+
+    The caller maps OSError (disk full) with artifacts.disk_errors. As a context manager, an exception removes the file.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Value], entries: Sequence[Entry]) -> None:
+        self.path = path
+        header, self._places = _layout(metadata, entries)
+        self._missing = set(self._places)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._pwrite(memoryview(header), 0)
+        end = max(
+            (offset + -(-nbytes // _ALIGNMENT) * _ALIGNMENT for offset, nbytes in self._places.values()), default=0
+        )
+        os.ftruncate(self._fd, max(end, len(header)))  # padding is zeros, that behind the last tensor too
+
+    def write(self, name: str, pieces: Iterable[Array]) -> None:
+        """Store one tensor: consecutive pieces of its data, any dtype.
+
+        Raises ValueError for a wrong byte count and a tensor written twice, KeyError for one that was not announced.
+        """
+        offset, nbytes = self._places[name]
+        if name not in self._missing:
+            raise ValueError(f"tensor {name!r} written twice")
+        done = 0
+        for piece in pieces:
+            little = np.ascontiguousarray(piece).astype(piece.dtype.newbyteorder("<"), copy=False)
+            view = little.reshape(-1).view(np.uint8).data
+            if done + len(view) > nbytes:
+                raise ValueError(f"tensor {name!r}: more than its {nbytes} bytes given")
+            self._pwrite(view, offset + done)
+            done += len(view)
+        if done != nbytes:
+            raise ValueError(f"tensor {name!r}: {done} of its {nbytes} bytes given")
+        self._missing.remove(name)
+
+    def close(self) -> None:
+        """Flush to the disk and close. Raises ValueError when an announced tensor was never written."""
+        if self._fd < 0:
+            return
+        try:
+            if self._missing:
+                raise ValueError(f"{self.path}: tensors never written: {sorted(self._missing)[:5]}")
+            os.fsync(self._fd)
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close without checking; the file stays as far as it got."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _pwrite(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done : done + (1 << 30)], offset + done)
+
+    def __enter__(self) -> GgufFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if kind is not None or self._missing:
+                self.abort()
+                self.path.unlink(missing_ok=True)
+
+
+def _layout(metadata: Mapping[str, Value], entries: Sequence[Entry]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Header bytes, padding included, and (absolute offset, bytes) of each tensor."""
+    header = bytearray(b"GGUF" + struct.pack("<IQQ", _VERSION, len(entries), len(metadata)))
+    for key, value in metadata.items():
+        kind, data = _packed(value)
+        header += _string(key) + struct.pack("<I", kind) + data
+    places: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for entry in entries:
+        name, kind_name, shape = entry
+        if name in places:
+            raise ValueError(f"tensor {name!r} announced twice")
+        if kind_name in BLOCK_BYTES and shape[-1] % BLOCK:
+            raise ValueError(f"tensor {name!r}: rows of {shape[-1]} are no whole blocks of {BLOCK}")
+        header += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        header += struct.pack("<IQ", TYPE_NUMBERS[kind_name], offset)
+        places[name] = (offset, tensor_bytes(entry))
+        offset += -(-places[name][1] // _ALIGNMENT) * _ALIGNMENT
+    header += bytes(-len(header) % _ALIGNMENT)
+    return bytes(header), {name: (len(header) + offset, nbytes) for name, (offset, nbytes) in places.items()}
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _packed(value: Value) -> tuple[int, bytes]:
+    """Type number and bytes of a metadata value."""
+    if isinstance(value, bool):  # before int, which it is too
+        return _BOOL, struct.pack("<?", value)
+    if isinstance(value, int):
+        return _UINT32, struct.pack("<I", value)
+    if isinstance(value, float):
+        return _FLOAT32, struct.pack("<f", value)
+    if isinstance(value, str):
+        return _STRING, _string(value)
+    if all(isinstance(item, str) for item in value):
+        return _ARRAY, struct.pack("<IQ", _STRING, len(value)) + b"".join(_string(str(item)) for item in value)
+    return _ARRAY, struct.pack("<IQ", _INT32, len(value)) + np.array(value, dtype="<i4").tobytes()

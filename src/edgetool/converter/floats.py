@@ -1,0 +1,90 @@
+"""Floating-point tensors in another dtype: exactly, or rounded once where that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetool.checkpoints.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
+from edgetool.converter.source import FLOAT_NAMES, PlainTensor
+from edgetool.errors import BadInput
+
+Array = npt.NDArray[Any]
+
+DTYPE_OF = {name: dtype for dtype, name in FLOAT_NAMES.items() if name in ("fp16", "bf16")}
+"""fp16 -> F16, bf16 -> BF16: the targets that are not quantised."""
+
+
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
+_BLOCK_VALUES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How many of a tensor's values another dtype does not have, and how many lie beyond its largest."""
+
+    values: int
+    rounded: int
+    overflowing: int
+
+
+def delivered_dtype(dtype: str, target: str) -> str:
+    """The dtype a tensor gets in a checkpoint of `target` (F16 or BF16): integers and the F8 kinds keep theirs."""
+    return target if dtype in FLOAT_NAMES else dtype
+
+
+def misfit(tensor: PlainTensor, target: str) -> Misfit:
+    """Read the whole tensor and count what `target` (F16 or BF16) cannot hold."""
+    values = rounded = overflowing = 0
+    for chunk in tensor.chunks():
+        wide = _wide(chunk, tensor.dtype)
+        back = _wide(narrowed(wide, target), target)
+        different = (back != wide) & ~np.isnan(wide)
+        beyond = different & np.isinf(back)
+        values += wide.size
+        rounded += int(different.sum())
+        overflowing += int(beyond.sum())
+    return Misfit(values, rounded, overflowing)
+
+
+def delivered(tensor: PlainTensor, target: str) -> PlainTensor:
+    """The same tensor with its values rounded to `target`; see `misfit` for whether that changes any."""
+    if delivered_dtype(tensor.dtype, target) == tensor.dtype:
+        return tensor
+
+    def pieces() -> Iterator[Array]:
+        for chunk in tensor.chunks():
+            yield narrowed(_wide(chunk, tensor.dtype), target)
+
+    return PlainTensor(tensor.name, target, tensor.shape, pieces)
+
+
+def narrowed(values: Array, target: str) -> Array:
+    """float32 or float64 rounded to F16 or BF16 (uint16 bits); what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return float32_to_bfloat16(values) if target == "BF16" else values.astype(np.float16)
+
+
+def check_finite(weights: Array, target: str, name: str) -> None:
+    """Raise BadInput, naming `name`, where weights in F16 or BF16 (uint16 bits) are NaN or infinite."""
+    mask = np.uint16(_EXPONENT[target])
+    bits = weights.reshape(-1).view(np.uint16)
+    count = 0
+    for start in range(0, bits.size, _BLOCK_VALUES):
+        count += int(((bits[start : start + _BLOCK_VALUES] & mask) == mask).sum())
+    if count:
+        raise BadInput(
+            f"{name}: {count} of its {weights.size} dequantised weights do not fit {FLOAT_NAMES[target]}",
+            "--to bf16 has a wider range" if target == "F16" else None,
+        )
+
+
+def _wide(values: Array, dtype: str) -> Array:
+    """float32, or float64 for F64; exact."""
+    if dtype == "BF16":
+        return bfloat16_to_float32(values)
+    return values if dtype == "F64" else values.astype(np.float32, copy=False)
