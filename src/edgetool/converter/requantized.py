@@ -17,8 +17,8 @@ from edgetool.checkpoints.canonical import BITS, QuantizedLinear, absent_codes
 from edgetool.checkpoints.detect import ModuleLayout
 from edgetool.checkpoints.formats import Spec
 from edgetool.checkpoints.gguf_blocks import BLOCK
+from edgetool.checkpoints.requant import RoundingError, error_report, requantize
 from edgetool.converter.fit import Refused
-from edgetool.converter.requant import RoundingError, error_report, requantize
 from edgetool.converter.source import PlainTensor, Source
 
 Array = npt.NDArray[Any]

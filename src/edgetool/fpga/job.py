@@ -219,14 +219,10 @@ def _record(
 def _rounded(work: Jobs) -> list[dict[str, Any]]:
     """Matrices that were rounded here, the worst first; four digits, which no order of summation changes."""
     records = [
-        {
-            "name": name,
-            "relative_error": float(f"{error.relative:.4g}"),
-            "largest_error": float(f"{error.largest:.4g}"),
-        }
+        {"name": name, **{key: float(f"{value:.4g}") for key, value in error.to_dict().items()}}
         for name, error in work.rounded.by_name.items()
     ]
-    return sorted(records, key=lambda record: (-record["relative_error"], record["name"]))
+    return sorted(records, key=lambda record: (-record["relative"], record["name"]))
 
 
 def plan_of(draft: Draft, emit: Emit, config: CompileConfig) -> dict[str, Any]:
@@ -277,7 +273,7 @@ def _result(
         "weight_read_bytes_per_token": draft.hbm.weight_read_bytes,
         "unchanged": unchanged,
         "resumed_matrices": resumed,
-        "lm_head_error": next((one["relative_error"] for one in rounded if one["name"] == "lm_head"), None),
+        "lm_head_error": next((one["relative"] for one in rounded if one["name"] == "lm_head"), None),
         "requantized": {"modules": len(again), "worst": again[:_WORST_SHOWN]} if again else None,
         "fp16_losses": record["losses"],
         "warnings": draft.warnings,

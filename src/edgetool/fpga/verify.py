@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.detect import QuantizationFound, detect
+from edgetool.checkpoints.detect import QuantizationFound, detect, read_linear
 from edgetool.checkpoints.plain_reader import PlainLinear, read_stored
-from edgetool.checkpoints.rounding import MIDDLE, round_symmetric
+from edgetool.checkpoints.rounding import MIDDLE
 from edgetool.checkpoints.tensor_file import to_float32
 from edgetool.errors import VerificationFailed
 from edgetool.fpga.hardware import VCU128
 from edgetool.fpga.image import Image
 from edgetool.fpga.scalar_reader import ScalarReader
+from edgetool.fpga.weights import rounded
 from edgetool.progress import Progress
 
 Array = npt.NDArray[Any]
@@ -80,6 +82,13 @@ class _Side:
         layout = self.found.layouts[module]
         kind = self.found.format if layout.kind == "gptq" else layout.kind
         return read_stored(self.checkpoint.tensors, module, kind, layout.bits, layout.group_size)
+
+    def quantized(self, module: str, rows: Array) -> QuantizedLinear | None:
+        """Some rows in canonical form, which rounding again starts from; None for a module that is not quantised."""
+        if self.found is None or module not in self.found.layouts:
+            return None
+        whole = read_linear(self.checkpoint, module, self.found)
+        return replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zeros=whole.zeros[rows])
 
     def rows_of(self, module: str, linear: PlainLinear | None) -> int:
         if linear is not None:
@@ -139,9 +148,9 @@ class _Comparison:
                 reader, here
             )
         if record["source"]["as"] == "rounded":
-            lowest = -MIDDLE if self.image.encoding == "twos" else 1 - MIDDLE
             weights = self.side.weights(module, linear, there)
-            codes, scales = round_symmetric(weights, record["group"], lowest, module)
+            origin = self.side.quantized(module, there)
+            codes, scales = rounded(weights, record["group"], self.image.encoding, origin, module)
             zeros = np.full(scales.shape, MIDDLE, dtype=np.uint8)
         elif linear is None:
             return f"{module} is quantised in the image and not in the checkpoint"

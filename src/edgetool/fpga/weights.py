@@ -20,10 +20,12 @@ from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import ModuleLayout, QuantizationFound, read_linear
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.packing import pack_rows
+from edgetool.checkpoints.requant import RoundingError, requantize
 from edgetool.checkpoints.rounding import MIDDLE, round_symmetric
 from edgetool.checkpoints.tensor_file import to_float32
 from edgetool.errors import BadInput
 from edgetool.fpga.halves import Losses, refuse_not_finite, to_half
+from edgetool.fpga.hardware import align_up
 from edgetool.fpga.layout import MatrixLayout, count_unrepresentable, pack_fp16, pack_int4
 from edgetool.fpga.model import Linear
 
@@ -31,14 +33,6 @@ Array = npt.NDArray[Any]
 
 _BLOCK_BYTES = 1 << 22
 """Port bytes made at a time: they and their source stay near the caches, and memory does not grow with the matrix."""
-
-
-@dataclass(frozen=True)
-class RoundingError:
-    """How far rounding moved a matrix: RMS error over RMS weight, and the largest single error."""
-
-    relative: float
-    largest: float
 
 
 @dataclass
@@ -135,21 +129,39 @@ class RoundedMatrix:
     layout: MatrixLayout
 
     def blocks(self, jobs: Jobs) -> Iterator[Array]:
-        lowest = -MIDDLE if jobs.encoding == "twos" else 1 - MIDDLE
-        squares, errors, largest = 0.0, 0.0, 0.0
-        for weights in _weight_rows(jobs, self.linear, rows_per_block(self.layout)):
-            codes, scales = round_symmetric(weights, self.layout.group, lowest, self.linear.module)
+        count, largest, errors, squares = 0, 0.0, 0.0, 0.0
+        for weights, origin in _weight_rows(jobs, self.linear, rows_per_block(self.layout)):
+            codes, scales = rounded(weights, self.layout.group, jobs.encoding, origin, self.linear.module)
             steps = codes.astype(np.float32)
             steps -= MIDDLE
-            wide = np.repeat(scales.astype(np.float32), self.layout.group, axis=1)[:, : self.layout.k]
-            steps *= wide
+            steps *= np.repeat(scales.astype(np.float32), self.layout.group, axis=1)[:, : self.layout.k]
             steps -= weights
+            count += weights.size
+            largest = max(largest, float(np.abs(steps).max()))
             errors += float(np.vdot(steps, steps))
             squares += float(np.vdot(weights, weights))
-            largest = max(largest, float(np.abs(steps).max()))
             yield pack_int4(pack_rows(codes, 4).view(np.uint32), scales, None, self.layout, jobs.encoding)
-        relative = (errors / squares) ** 0.5 if squares else 0.0
-        jobs.rounded.by_name[self.linear.name] = RoundingError(relative, largest)
+        jobs.rounded.by_name[self.linear.name] = RoundingError(count, largest, errors, squares)
+
+
+def rounded(
+    weights: Array, group: int, encoding: str, origin: QuantizedLinear | None, name: str
+) -> tuple[Array, Array]:
+    """Symmetric 4-bit codes, uint8 [rows, k], and float16 scales for float32 weights [rows, k].
+
+    origin: the quantised rows that `weights` are the values of; they are rounded as `edgetool convert --requant` does,
+    so that both ways end at the same bytes. Weights of 16 bits, and all weights for signmag (which has no -8), are
+    rounded to nearest on the grid of each group's largest weight.
+    """
+    if origin is None or encoding == "signmag":
+        return round_symmetric(weights, group, -MIDDLE if encoding == "twos" else 1 - MIDDLE, name)
+    width = weights.shape[1]
+    if width % group:
+        whole = np.zeros((len(weights), align_up(width, group)), dtype=np.float32)
+        whole[:, :width] = weights
+        weights, origin = whole, None
+    new = requantize(weights, bits=4, group_size=group, sym=True, origin=origin, name=name).linear
+    return new.codes[:, :width], new.scales
 
 
 @dataclass(frozen=True)
@@ -172,25 +184,21 @@ def _row_ranges(linear: Linear, step: int) -> Iterator[Array]:
         yield np.arange(first, min(first + step, stop))
 
 
-def _weight_rows(jobs: Jobs, linear: Linear, step: int) -> Iterator[Array]:
-    """float32 [rows, k], consecutive rows of the linear: as stored, or dequantised."""
+def _weight_rows(jobs: Jobs, linear: Linear, step: int) -> Iterator[tuple[Array, QuantizedLinear | None]]:
+    """float32 [rows, k], consecutive rows of the linear as stored or dequantised; these also as they are quantised."""
     name = f"{linear.module}.weight"
     if jobs.found is not None and linear.module in jobs.found.layouts:
         whole = read_linear(jobs.checkpoint, linear.module, jobs.found)
         for rows in _row_ranges(linear, step):
-            yield _dequantized(whole, slice(int(rows[0]), int(rows[-1]) + 1))
+            here = slice(int(rows[0]), int(rows[-1]) + 1)
+            part = replace(whole, codes=whole.codes[here], scales=whole.scales[here], zeros=whole.zeros[here])
+            yield part.dequantize(), part
         return
     info = jobs.checkpoint.tensors[name]
     for rows in _row_ranges(linear, step):
-        stored = jobs.checkpoint.read_rows(name, rows)
-        weights = to_float32(stored, info.dtype)
+        weights = to_float32(jobs.checkpoint.read_rows(name, rows), info.dtype)
         refuse_not_finite(weights, name)
-        yield weights
-
-
-def _dequantized(whole: QuantizedLinear, rows: slice) -> Array:
-    part = replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zeros=whole.zeros[rows])
-    return part.dequantize()
+        yield weights, None
 
 
 def _read_words(jobs: Jobs, module: str, layout: ModuleLayout) -> tuple[QuantizedLinear, Array]:

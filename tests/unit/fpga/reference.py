@@ -1,4 +1,4 @@
-"""Logits of a small model straight from its dequantised weights, float64: transformers' classes, and ChatGLM by hand."""
+"""Logits of a small model from its dequantised weights, float64: transformers' classes, and ChatGLM by hand."""
 
 from __future__ import annotations
 

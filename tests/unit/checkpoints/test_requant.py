@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
+from edgetool.checkpoints.requant import RoundingError, error_report, requantize
 from edgetool.checkpoints.scale_storage import with_scale_dtype
-from edgetool.converter.requant import RoundingError, error_report, requantize
 from edgetool.errors import BadInput
 from tests.parity.test_layouts import random_linear
 
