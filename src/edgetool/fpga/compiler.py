@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.detect import QuantizationFound, detect
-from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.detect import QuantizationFound, detect, read_rest
 from edgetool.checkpoints.rounding import MIDDLE
 from edgetool.errors import BadInput
 from edgetool.fpga import estimate, plan, profiles
@@ -83,14 +82,9 @@ def read_zeros(draft: Draft) -> None:
     """Which modules have zero points other than 8: all of them are looked at, no configuration is believed."""
     checkpoint, found = draft.checkpoint, draft.found
     for module in {linear.module for linear in draft.model.linears()} & set(found.layouts):
-        layout = found.layouts[module]
-        if layout.bits != profiles.BITS:
-            continue
-        kind = found.format if layout.kind == "gptq" and found.format in ("gptq", "gptq_v2") else layout.kind
-        spec = Spec(layout.bits, layout.group_size, found.sym)
-        names = {suffix: f"{module}.{suffix}" for suffix in FORMATS[kind].zeros_suffixes(spec)}
-        tensors = {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.tensors}
-        count = int(np.count_nonzero(FORMATS[kind].zeros(tensors, spec, module) != MIDDLE))
+        if found.layouts[module].bits != profiles.BITS:
+            continue  # refused later, or rounded again
+        count = int(np.count_nonzero(read_rest(checkpoint, module, found).zeros != MIDDLE))
         if count:
             draft.asymmetric[module] = count
 

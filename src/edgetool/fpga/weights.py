@@ -13,12 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.checkpoints import compressed_tensors_format
 from edgetool.checkpoints.awq_words import from_awq
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.detect import ModuleLayout, QuantizationFound, read_linear
-from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.detect import QuantizationFound, module_format, read_linear, read_rest
 from edgetool.checkpoints.packing import pack_rows
 from edgetool.checkpoints.requant import RoundingError, requantize
 from edgetool.checkpoints.rounding import MIDDLE, round_symmetric
@@ -98,13 +96,12 @@ class PackedMatrix:
         """Words uint32 [n, ceil(k / 8)], scales float16 [n, groups] and offsets alike or None, of this linear alone."""
         assert jobs.found is not None
         module, stop = self.linear.module, self.linear.start + self.linear.n
-        layout = jobs.found.layouts[module]
         mine = slice(self.linear.start, stop)
         if self.column_order is not None:
             whole = read_linear(jobs.checkpoint, module, jobs.found)
             words = pack_rows(whole.codes[mine][:, self.column_order], 4)
         else:
-            whole, words = _read_words(jobs, module, layout)
+            whole, words = _read_words(jobs.checkpoint, jobs.found, module)
             words = words[mine]
         scales = to_half(
             np.ascontiguousarray(whole.scales[mine]),
@@ -201,27 +198,18 @@ def _weight_rows(jobs: Jobs, linear: Linear, step: int) -> Iterator[tuple[Array,
         yield weights, None
 
 
-def _read_words(jobs: Jobs, module: str, layout: ModuleLayout) -> tuple[QuantizedLinear, Array]:
-    """A layer of trivial g_idx without its codes, and these as int32 [out_features, ceil(in_features / 8)]."""
-    found = jobs.found
-    assert found is not None
-    name = found.format if layout.kind == "gptq" and found.format in ("gptq", "gptq_v2") else layout.kind
-    target = FORMATS[name]
-    stored = {suffix: f"{module}.{suffix}" for suffix in target.suffixes}
-    tensors = {suffix: jobs.checkpoint.read(full) for suffix, full in stored.items() if full in jobs.checkpoint.tensors}
-    spec = Spec(bits=layout.bits, group_size=layout.group_size, sym=found.sym, desc_act=False)
-    rest = target.read_rest(tensors, spec, module)
-    packed = tensors[target.suffixes[0]]
-    if layout.kind == "compressed-tensors":
-        if compressed_tensors_format.has_sparse_words(tensors, layout.bits):
-            raise BadInput(f"{module}: 3-bit words cannot be compiled")
+def _read_words(checkpoint: Checkpoint, found: QuantizationFound, module: str) -> tuple[QuantizedLinear, Array]:
+    """A layer of 4 bits without its codes, and these as int32 [out_features, ceil(in_features / 8)], maybe a view."""
+    entry, _ = module_format(found, module)
+    rest = read_rest(checkpoint, module, found)
+    packed = checkpoint.read(f"{module}.{entry.suffixes[0]}")
+    if entry.name == "compressed-tensors":
         return rest, packed
-    if layout.kind == "gptq":
+    if entry.name != "awq":
         return rest, packed.T
-    if layout.in_features % 8:
-        whole = read_linear(jobs.checkpoint, module, found)
-        return whole, pack_rows(whole.codes, 4)
-    words = np.empty((layout.out_features, layout.in_features // 8), dtype=np.int32)
+    if rest.in_features % 8:
+        return rest, pack_rows(read_linear(checkpoint, module, found).codes, 4)
+    words = np.empty((rest.out_features, rest.in_features // 8), dtype=np.int32)
     from_awq(packed, words.T)
     return rest, words
 
@@ -229,8 +217,7 @@ def _read_words(jobs: Jobs, module: str, layout: ModuleLayout) -> tuple[Quantize
 def unrepresentable(matrix: PackedMatrix, checkpoint: Checkpoint, found: QuantizationFound) -> int:
     """How many weights of a packed matrix are -8."""
     linear = matrix.linear
-    jobs = Jobs(checkpoint, found, "twos", Losses(), Rounded())
-    _, words = _read_words(jobs, linear.module, found.layouts[linear.module])
+    _, words = _read_words(checkpoint, found, linear.module)
     count = 0
     for rows in _row_ranges(linear, rows_per_block(matrix.layout)):
         count += count_unrepresentable(words[rows[0] : rows[-1] + 1], linear.k)
