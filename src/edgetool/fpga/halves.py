@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,20 @@ class Losses:
                 loss.to_zero += int(np.count_nonzero(after == 0))
                 relative = float(np.max(np.abs((after - before) / before)))
                 loss.largest_relative = max(loss.largest_relative, relative)
+
+    def merge(self, other: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add the losses of one matrix, as `to_dict` gives them."""
+        with self._lock:
+            for name, part in other.items():
+                loss = self.by_tensor.setdefault(name, Loss())
+                loss.changed += part["changed"]
+                loss.to_zero += part["to_zero"]
+                loss.values += part["values"]
+                loss.largest_relative = max(loss.largest_relative, part["largest_relative"])
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """For the ledger of a run."""
+        return {name: asdict(loss) for name, loss in sorted(self.by_tensor.items())}
 
     def to_list(self) -> list[dict[str, Any]]:
         """One record for each tensor that lost something, sorted by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -139,9 +140,11 @@ def compile_checkpoint(config: CompileConfig, common: CommonConfig, progress: Pr
     if same is not None:
         progress.note(f"{config.output} is up to date: same input, same settings, every byte as it was written")
         return _result(same, config, draft, unchanged=True, seconds=time.monotonic() - started)
-    with out, _nothing_worthless_kept(out):
+    with out, contextlib.ExitStack() as stack:
         with disk_errors(out.partial):
             ledger = RunLedger.open(out.partial / LEDGER_NAME, identity)
+        # not before: an unfinished run of another configuration, refused above, is not this one's to remove
+        stack.enter_context(_nothing_worthless_kept(out))
         work = Jobs(checkpoint, draft.found, settings.int4, Losses(), Rounded())
         with stop_requests() as stop:
             written = write_all(draft, work, out.partial, emit, threads, hashes, ledger, stop, progress)

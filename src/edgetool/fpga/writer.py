@@ -12,8 +12,9 @@ import itertools
 import threading
 import time
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import numpy.typing as npt
 
 from edgetool.artifacts import MANIFEST_NAME as RECORD_NAME
 from edgetool.artifacts import atomic_write, disk_errors, sha256_file
+from edgetool.checkpoints.requant import RoundingError
 from edgetool.checkpoints.tensor_file import iter_chunks
 from edgetool.errors import EdgetoolError, Stopped
 from edgetool.fpga.compiler import Draft
-from edgetool.fpga.halves import to_half
+from edgetool.fpga.halves import Losses, to_half
 from edgetool.fpga.hardware import VCU128
 from edgetool.fpga.image_format import (
     DDR_NAME,
@@ -39,7 +41,7 @@ from edgetool.fpga.manifest import json_bytes, manifest_of, segments_of
 from edgetool.fpga.picture import report_page
 from edgetool.fpga.sinks import ImageSink, Sink, TreeSink, checksum, put
 from edgetool.fpga.tree import bias_file, norm_file
-from edgetool.fpga.weights import Jobs, Matrix, rows_per_block
+from edgetool.fpga.weights import Jobs, Matrix, Rounded, rows_per_block
 from edgetool.ledger import RunLedger
 from edgetool.progress import Progress
 
@@ -127,7 +129,7 @@ class _Matrices:
     ledger: RunLedger
     stop: threading.Event
     finished: int = 0
-    fresh: dict[str, int] = field(default_factory=dict)
+    fresh: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, progress: Progress) -> int:
         """Write what is not there yet; returns how many an earlier run had finished."""
@@ -138,7 +140,7 @@ class _Matrices:
         self.finished = len(kept)
         recorded_at = time.monotonic()
         pending = iter([matrix for matrix in matrices if matrix.linear.name not in kept])
-        running: dict[Future[int], Matrix] = {}
+        running: dict[Future[dict[str, Any]], Matrix] = {}
         with progress.task("pack weights", total, "B", before) as task, ThreadPoolExecutor(self.threads) as pool:
             try:
                 while True:
@@ -170,36 +172,48 @@ class _Matrices:
         self._record()
         return len(kept)
 
-    def _note(self, matrix: Matrix, crc: int) -> None:
-        self.fresh[matrix.linear.name] = crc
+    def _note(self, matrix: Matrix, record: dict[str, Any]) -> None:
+        self.fresh[matrix.linear.name] = record
+        self._learn(matrix.linear.name, record)
         self.finished += 1
+
+    def _learn(self, name: str, record: Mapping[str, Any]) -> None:
+        """What the writing of a matrix, now or in an earlier run, has found out."""
+        self.work.losses.merge(record["losses"])
+        if record["rounded"] is not None:
+            self.work.rounded.by_name[name] = RoundingError(**record["rounded"])
 
     def _record(self) -> None:
         if self.fresh:
             self.ledger.append({"matrices": dict(sorted(self.fresh.items()))})
             self.fresh = {}
 
-    def _write_one(self, matrix: Matrix) -> int:
-        """One matrix into all sinks; returns the CRC-32 of its blocks."""
+    def _write_one(self, matrix: Matrix) -> dict[str, Any]:
+        """One matrix into all sinks; returns the CRC-32 of its blocks and what its values lost."""
         crc, offset = 0, 0
+        work = replace(self.work, losses=Losses(), rounded=Rounded())
         with contextlib.ExitStack() as stack:
             places = [stack.enter_context(sink.matrix(matrix.linear)) for sink in self.sinks]
-            for block in matrix.blocks(self.work):
+            for block in matrix.blocks(work):
                 if self.stop.is_set():
                     raise Stopped("stopped on request")
                 for files, start in places:
                     put(files, start + offset, block)
                 crc = zlib.crc32(block.data, crc)
                 offset += block.shape[1] * block.shape[2]
-        return crc
+        error = work.rounded.by_name.get(matrix.linear.name)
+        return {"crc32": crc, "losses": work.losses.to_dict(), "rounded": None if error is None else asdict(error)}
 
     def _still_whole(self, matrices: list[Matrix]) -> set[str]:
         """The matrices of an earlier run whose bytes are on the disk as its ledger says."""
-        known = {name: crc for record in self.ledger.having("matrices") for name, crc in record["matrices"].items()}
+        known = {name: one for record in self.ledger.having("matrices") for name, one in record["matrices"].items()}
         claimed = [matrix for matrix in matrices if matrix.linear.name in known]
         with ThreadPoolExecutor(self.threads) as pool:
-            whole = pool.map(lambda matrix: self._is_whole(matrix, known[matrix.linear.name]), claimed)
-            return {matrix.linear.name for matrix, good in zip(claimed, whole, strict=True) if good}
+            whole = pool.map(lambda matrix: self._is_whole(matrix, known[matrix.linear.name]["crc32"]), claimed)
+            names = {matrix.linear.name for matrix, good in zip(claimed, whole, strict=True) if good}
+        for name in sorted(names):
+            self._learn(name, known[name])
+        return names
 
     def _is_whole(self, matrix: Matrix, crc: int) -> bool:
         for sink in self.sinks:
