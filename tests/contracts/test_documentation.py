@@ -23,6 +23,10 @@ def parameters(command: str) -> dict[str, Any]:
     return {p.name: p for p in COMMANDS[command].params if p.name not in {"help", *NOT_SETTINGS}}
 
 
+def section_of(command: str) -> str:
+    return command.replace("-", "_")
+
+
 @pytest.mark.parametrize("page", ["cli.md", "config.md", "exit-codes.md"])
 def test_generated_pages_are_fresh(page: str) -> None:
     spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "tools" / "generate_docs.py")
@@ -42,24 +46,24 @@ def test_there_are_recipes_in_both_languages() -> None:
     assert {path.suffix for path in RECIPES} >= {".toml", ".yaml"}
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "inspect", "demo", "compile-vcu128"])
 def test_every_option_is_a_setting_and_defaults_to_not_given(command: str) -> None:
-    known = {key_of(*item) for name in ("common", command) for item in SECTIONS[name].model_fields.items()}
+    known = {key_of(*item) for name in ("common", section_of(command)) for item in SECTIONS[name].model_fields.items()}
     for name, parameter in parameters(command).items():
         assert name in known
         assert parameter.default is None
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "inspect", "demo", "compile-vcu128"])
 def test_every_setting_with_an_option_has_it(command: str) -> None:
     spelled = {spelling for p in COMMANDS[command].params for spelling in (*p.opts, *p.secondary_opts, p.metavar)}
-    for item in (*SECTIONS["common"].model_fields.items(), *SECTIONS[command].model_fields.items()):
+    for item in (*SECTIONS["common"].model_fields.items(), *SECTIONS[section_of(command)].model_fields.items()):
         assert not option_of(*item) or option_of(*item) in spelled
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "inspect", "demo", "compile-vcu128"])
 def test_defaults_in_help_texts_are_those_of_the_configuration(command: str) -> None:
-    fields = {key_of(*i): i[1] for name in ("common", command) for i in SECTIONS[name].model_fields.items()}
+    fields = {key_of(*i): i[1] for name in ("common", section_of(command)) for i in SECTIONS[name].model_fields.items()}
     for name, parameter in parameters(command).items():
         default = fields[name].default
         stated = re.search(r"\[default: (.+)\]", parameter.help)

@@ -100,6 +100,8 @@ def check_profile(
 
 def _hint(model: BoardModel, found: QuantizationFound, settings: CompileSettings, group: int, asymmetric: bool) -> str:
     rounding = settings.requant is not None
+    if found.bits != BITS and not rounding:
+        return "edgetool quantize ORIGINAL -o quantized --bits 4 --group-size 128"
     if settings.profile == "edgellm":
         if model.sizes.head_dim != 128 or model.qk_norm:
             return "use --profile sim: the board's format cannot hold this architecture"
