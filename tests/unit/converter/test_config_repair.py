@@ -226,6 +226,16 @@ def test_sym_is_decided_by_all_zeros_when_it_is_written_down(tmp_path: Path) -> 
     assert json.loads((path / "config.json").read_text())["quantization_config"]["sym"] is False
 
 
+def test_one_asymmetric_linear_among_many_is_found_where_sym_is_claimed(tmp_path: Path) -> None:
+    layers = random_layers(layers=4, sym=True)
+    hidden = sorted(layers)[1]
+    layers[hidden].zeros[0, 0] = 9
+    claim = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    path = make_checkpoint(tmp_path / "c", layers, "gptq", quantization_config=claim)
+    assert repair(path)[1] == [f"config.json says sym True, the zeros of {hidden} (1 linears) say False"]
+    assert json.loads((path / "config.json").read_text())["quantization_config"]["sym"] is False
+
+
 def test_from_decides_the_version_of_the_repair(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "c", random_layers(seed=4), "gptq")
     repair(path, "gptq_v2")
