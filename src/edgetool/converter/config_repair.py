@@ -107,9 +107,10 @@ def repair(path: Path, from_: str = "auto") -> tuple[CheckpointSource, list[str]
     config: Mapping[str, Any] = source.config
     problems = [*source.disagreements, *_unnoticed(source)]
     quantization = _right_quantization(source, problems)
-    written_as = source.format if source.format in _GPTQ else None
     right = {**config, "quantization_config": quantization}
-    after = detect(source.checkpoint.tensors, source.checkpoint.read, right, written_as=written_as)
+    after = detect(
+        source.checkpoint.tensors, source.checkpoint.read, right, written_as=from_ if from_ in _GPTQ else None
+    )
     left = () if after is None else after.disagreements
     fixed = [note for note in problems if note not in left]
     if quantization is not None and (said := _side_problem(path / SIDE_CONFIG, quantization)):

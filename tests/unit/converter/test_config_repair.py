@@ -232,8 +232,21 @@ def test_one_asymmetric_linear_among_many_is_found_where_sym_is_claimed(tmp_path
     layers[hidden].zeros[0, 0] = 9
     claim = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     path = make_checkpoint(tmp_path / "c", layers, "gptq", quantization_config=claim)
-    assert repair(path)[1] == [f"config.json says sym True, the zeros of {hidden} (1 linears) say False"]
+    assert repair(path)[1] == [
+        f"config.json says sym True, the zeros of {hidden} (1 linears) say False",
+        "quantize_config.json says sym True, the tensors say False",
+    ]
     assert json.loads((path / "config.json").read_text())["quantization_config"]["sym"] is False
+
+
+def test_what_no_configuration_can_put_right_is_not_called_fixed(tmp_path: Path) -> None:
+    layers = random_layers(sym=True)
+    for layer in layers.values():
+        layer.codes[:] = np.maximum(layer.codes, 1) - 1  # weights with a mean of minus one step
+    path = make_checkpoint(tmp_path / "c", layers, "gptq")
+    source, fixed = repair(path)
+    assert any("which is usual for version 2" in note for note in source.disagreements)
+    assert fixed == []
 
 
 def test_from_decides_the_version_of_the_repair(tmp_path: Path) -> None:
