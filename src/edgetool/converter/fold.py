@@ -160,9 +160,9 @@ class _Planner:
         try:
             for module in filter(self.reads_residual, self.layouts):
                 if module in self.not_folded:
-                    raise _NotExact(f"it shares its inputs with {module}: {self.not_folded[module]}")
+                    raise _NotExact(f"the residual stream has one order; {module}: {self.not_folded[module]}")
                 if module not in wanted or not np.array_equal(wanted[module], perm):
-                    raise _NotExact(f"it reads the residual stream, and {first} and {module} want different orders")
+                    raise _NotExact(f"the residual stream has one order; {first} and {module} want different ones")
             self.sort_residual(perm)
         except _NotExact as reason:
             self.not_folded = {**dict.fromkeys(wanted, str(reason)), **self.not_folded}

@@ -8,10 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32
 from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.config import CommonConfig, ConvertConfig
 from edgetool.converter.compare import UNCHANGED, Order
 from edgetool.converter.fold import FoldPlan, plan_fold, sorted_by_group
 from edgetool.converter.folded import FoldedSource
+from edgetool.converter.job import run_convert
 from edgetool.converter.source import CheckpointSource, PlainTensor
+from edgetool.errors import BadInput
+from edgetool.progress import NullProgress
 from tests.fakes.packed_checkpoints import quantization_config_of, random_layer, read_checkpoint, write_safetensors
 from tests.fakes.tiny_models import make_tiny_model
 
@@ -186,7 +190,7 @@ def test_a_residual_stream_with_two_orders_stays_and_the_reason_names_both(make,
     assert not plan.folded and not plan.order
     assert len(plan.not_folded) == 10
     reason = plan.not_folded["model.layers.0.self_attn.q_proj"]
-    assert "reads the residual stream" in reason and f"model.{odd}" in reason
+    assert "the residual stream has one order" in reason and f"model.{odd}" in reason
 
 
 def test_a_linear_in_plain_order_keeps_the_residual_stream_as_it_is(make):
@@ -301,6 +305,18 @@ def test_a_folded_layer_fits_awq_and_the_original_does_not(make):
     assert "AWQ has no g_idx" in FORMATS["awq"].refusal(source.linear(name), spec)
     again = FORMATS["awq"].read(FORMATS["awq"].write(folded.linear(name), spec), spec)
     assert np.array_equal(again.dequantize(), folded.weight(name))
+
+
+def test_a_conversion_that_folding_does_not_make_possible_says_why(make, tmp_path):
+    orders = {"layers.0.self_attn.o_proj": scattered(1, 64), "layers.1.mlp.down_proj": scattered(2, 128)}
+    source = make("llama", orders).checkpoint.directory
+    config = ConvertConfig(source=str(source), output=tmp_path / "out", to="awq", fold_act_order=True)
+    with pytest.raises(BadInput, match="layers.0.self_attn.o_proj has no lossless form in awq") as error:
+        run_convert(config, CommonConfig(), NullProgress())
+    assert "o_proj cannot be folded: its groups reach across attention heads" in error.value.hint
+    assert error.value.details["folded"] == ["model.layers.1.mlp.down_proj"]
+    assert [entry["module"] for entry in error.value.details["refused"]] == ["model.layers.0.self_attn.o_proj"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_columns_move_right_whatever_the_pieces_a_tensor_comes_in(make):
