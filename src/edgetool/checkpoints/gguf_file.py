@@ -122,6 +122,11 @@ class GgufFile:
             raise BadInput(f"{self.path}: tensor {tensor.name!r} of type {tensor.kind}: {error}") from error
         return values
 
+    def vector(self, name: str) -> npt.NDArray[np.float32] | None:
+        """All values of a small tensor, flat, or None where the file has none of that name."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None else self.float32(tensor, range(tensor.rows)).reshape(-1)
+
     def _read(self, fd: int, tensor: GgufTensor, start: int, stop: int) -> Array:
         whole = np.empty((stop - start, tensor.row_bytes), dtype=np.uint8)
         view, done = whole.reshape(-1).data, 0

@@ -29,6 +29,7 @@ _OURS = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm|mlp\.(gate|up|down)_proj"
     r"|self_attn\.([qkvo]_proj|[qk]_norm)))|lm_head"
 )
+_DERIVED = "rope_freqs.weight"  # follows from config.json, and is no tensor in Hugging Face's layout
 _ROTATED = re.compile(r"self_attn\.([qk])_proj$")
 
 
@@ -65,6 +66,8 @@ class GgufSide:
             names = {theirs: ours for ours, (_, theirs) in mapping.items() if _OURS.fullmatch(ours)}
             tensors = {}
             for row in table:
+                if row.name == _DERIVED:
+                    continue
                 stem, _, suffix = row.name.rpartition(".")
                 module = names.get(stem, f"GGUF tensor {stem}")
                 kind = gguf.GGMLQuantizationType(row.type_number)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from edgetool.checkpoints import gguf_rope
 from edgetool.converter.gguf_source import GgufSource
 from edgetool.converter.gguf_target import plan_gguf, write_gguf
 from edgetool.converter.source import CheckpointSource
@@ -222,6 +223,21 @@ def test_metadata_describe_the_model_and_its_tokenizer(tmp_path: Path, models: d
     assert plan.output_bytes < (tmp_path / "m.gguf").stat().st_size < plan.output_bytes + 50_000
 
 
+def test_llama_3_s_scaled_rotation_goes_into_a_tensor_and_comes_back(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    model = make_tiny_model(tmp_path / "model", "llama", tied=False, rope_parameters=rope)
+    found = _write(CheckpointSource.open(model), tmp_path / "m.gguf")
+    tensor = found[gguf_rope.TENSOR]
+    assert (tensor.tensor_type, tensor.shape.tolist()) == (Kind.F32, [HEAD_DIM // 2])
+    np.testing.assert_array_equal(tensor.data, gguf_rope.divisors(rope, 500000.0, HEAD_DIM))
+    again = GgufSource.open(tmp_path / "m.gguf")
+    assert again.config["rope_parameters"] == rope
+    assert set(again.plain) == set(load_file(model / "model.safetensors"))
+    _write(again, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
 def test_the_same_source_gives_the_same_bytes_whatever_the_threads_and_the_format(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
@@ -260,7 +276,7 @@ def _change(directory: Path, **config: Any) -> None:
     ("changes", "message"),
     [
         ({"model_type": "gemma3"}, "model_type 'gemma3'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
         ({"num_hidden_layers": 3}, r"'model\.layers\.2\.\S+' is missing"),
         ({"num_hidden_layers": 1}, r"'model\.layers\.1\.\S+' \(and 8 others\) has no place"),
         ({"vocab_size": 100}, "number 435, the embeddings have 100 rows"),
