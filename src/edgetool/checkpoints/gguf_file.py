@@ -89,7 +89,9 @@ class GgufFile:
         size = path.stat().st_size
         for tensor in tensors.values():
             if tensor.offset + tensor.nbytes > size:
-                raise BadInput(f"{path}: truncated: tensor {tensor.name!r} reaches beyond the file's {size} bytes")
+                raise BadInput(
+                    f"{path}: truncated: tensor {tensor.name!r} reaches beyond the file's {size} bytes", _FETCH_AGAIN
+                )
         return cls(path, metadata, tensors)
 
     def rows(self, tensor: GgufTensor, wanted: npt.NDArray[np.integer[Any]] | range) -> Array:
