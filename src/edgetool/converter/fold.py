@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.converter.compare import Order
-from edgetool.converter.plan import stripped
 from edgetool.converter.source import Source
 
 Array = npt.NDArray[Any]
@@ -101,7 +100,7 @@ class _Planner:
         for module, layout in source.layouts.items():
             if layout.g_idx_trivial:
                 continue
-            g_idx = stripped(source, module).group_index()
+            g_idx = source.rest(module).group_index()
             members = np.bincount(g_idx, minlength=-(-layout.in_features // layout.group_size))
             if np.any(members != layout.group_size):
                 spread = f"{members.min()} to {members.max()}"

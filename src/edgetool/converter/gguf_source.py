@@ -116,14 +116,9 @@ class GgufSource:
             weight[block] = self.file.float32(tensor, rows[block])
         return weight
 
-    def zeros(self, module: str) -> Array:
-        """uint8 [out_features, in_features / 32]. Raises BadInput for a module that is `inexact`."""
-        self._refuse_inexact(module)
-        tensor = self._tensors[module]
-        if tensor.kind == "Q4_1":
-            return self.linear(module).zeros
-        groups = tensor.shape[1] // gguf_blocks.BLOCK
-        return np.full((tensor.shape[0], groups), 1 << (gguf_blocks.CODE_BITS[tensor.kind] - 1), dtype=np.uint8)
+    def rest(self, module: str) -> QuantizedLinear:
+        """The same: codes, scales and zeros lie in one block."""
+        return self.linear(module)
 
     def write_side_files(self, directory: Path) -> None:
         """Write generation_config.json, tokenizer.json and tokenizer_config.json into `directory`."""

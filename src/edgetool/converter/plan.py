@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.legality import VLLM_VERSION, kernels
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, Entry
 from edgetool.converter.fit import Refused, fit, needs_codes
 from edgetool.converter.floats import DTYPE_OF, delivered_dtype, misfit
 from edgetool.converter.requantized import RequantizedSource
-from edgetool.converter.source import CheckpointSource, Source
+from edgetool.converter.source import Source
 from edgetool.errors import BadInput
 from edgetool.progress import Progress
 
@@ -178,11 +177,6 @@ def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> N
     )
 
 
-def stripped(source: Source, module: str) -> QuantizedLinear:
-    """The linear, if need be without its codes (`absent_codes`), as cheaply as the source can give it."""
-    return source.rest(module) if isinstance(source, CheckpointSource | RequantizedSource) else source.linear(module)
-
-
 def _gguf_plan(source: Source, threads: int, progress: Progress) -> Plan:
     """Every quantised linear gets the smallest GGUF type that holds it exactly."""
     from edgetool.converter.gguf_target import plan_gguf
@@ -214,7 +208,7 @@ def _fit_module(source: Source, module: str, target: str, sym: bool) -> _Fitted:
     if module in source.inexact:
         raise Refused(source.inexact[module], "--to fp16, or --requant to round again")
     spec = target_spec(source, sym=sym)
-    linear = stripped(source, module)
+    linear = source.rest(module)
     if needs_codes(linear, target, spec):
         linear = source.linear(module)
     was_sym = linear.sym

@@ -104,7 +104,7 @@ def check_folded(source, modules, *, computed=True):
         expected = expected if order.rows is None else expected[order.rows]
         expected = expected if order.columns is None else expected[:, order.columns]
         assert np.array_equal(folded.weight(module), expected)
-        assert np.array_equal(folded.zeros(module), folded.linear(module).zeros)
+        assert np.array_equal(folded.rest(module).zeros, folded.linear(module).zeros)
         assert folded.layouts[module].g_idx_trivial == (folded.linear(module).g_idx is None)
         folded.linear(module).validate(module)
     assert all(folded.linear(module).g_idx is None for module in plan.folded)
@@ -249,7 +249,7 @@ def test_groups_of_unequal_size_are_not_folded(make):
             layer.g_idx[np.flatnonzero(layer.g_idx == 3)[0]] = 4
         return layer
 
-    uneven.linear = linear
+    uneven.rest = linear
     plan = plan_fold(uneven)
     assert plan.folded == ("model.layers.1.mlp.down_proj",)
     assert plan.not_folded == {"model.layers.0.mlp.down_proj": "its groups have 7 to 9 channels; all must have 8"}
@@ -259,7 +259,7 @@ def test_a_linear_of_unknown_place_is_not_folded(make):
     source = make("llama", {"layers.1.mlp.down_proj": scattered(2, 128)})
     moved = {name.replace("layers.1.mlp", "blocks.1.ffn"): layout for name, layout in source.layouts.items()}
     renamed = FoldedSource(replace(source, layouts=moved), FoldPlan((), {}, {}))
-    renamed.linear = lambda module: source.linear(module.replace("blocks.1.ffn", "layers.1.mlp"))
+    renamed.rest = lambda module: source.linear(module.replace("blocks.1.ffn", "layers.1.mlp"))
     assert "does not know what makes" in plan_fold(renamed).not_folded["model.blocks.1.ffn.down_proj"]
 
 

@@ -61,7 +61,7 @@ def test_codes_have_the_models_own_rows_and_values(
         expected = _quantized(model, f"{module}.weight", kind)
         _same_bits(linear.dequantize(), expected)
         _same_bits(source.weight(module), expected)
-        np.testing.assert_array_equal(source.zeros(module), linear.zeros)
+        np.testing.assert_array_equal(source.rest(module).zeros, linear.zeros)
         assert (layout.out_features, layout.in_features) == linear.codes.shape
         assert (layout.bits, layout.group_size, layout.g_idx_trivial) == (bits, 32, True)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):  # quantised there too, and rounded once here
@@ -90,10 +90,10 @@ def test_q4_1_has_codes_only_where_every_minimum_is_on_the_grid(tmp_path: Path, 
     assert set(source.layouts) - set(source.inexact) == {Q_PROJ}
     linear = source.linear(Q_PROJ)
     _same_bits(linear.dequantize(), source.weight(Q_PROJ))
-    np.testing.assert_array_equal(source.zeros(Q_PROJ), linear.zeros)
+    np.testing.assert_array_equal(source.rest(Q_PROJ).zeros, linear.zeros)
     _same_bits(source.weight(DOWN_PROJ), _quantized(models["llama"], f"{DOWN_PROJ}.weight", Kind.Q4_1))
     assert "no integer multiples" in source.inexact[DOWN_PROJ]
-    for read in (source.linear, source.zeros):
+    for read in (source.linear, source.rest):
         with pytest.raises(BadInput, match=rf"m\.gguf: {DOWN_PROJ}: minima"):
             read(DOWN_PROJ)
 
