@@ -14,6 +14,7 @@ from edgetool.checkpoints.legality import VLLM_VERSION, kernels
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, Entry
 from edgetool.converter.fit import Refused, fit, needs_codes
 from edgetool.converter.floats import DTYPE_OF, delivered_dtype, misfit
+from edgetool.converter.folded import FoldedSource
 from edgetool.converter.requantized import RequantizedSource
 from edgetool.converter.source import Source
 from edgetool.errors import BadInput
@@ -278,7 +279,7 @@ def _refuse_twins(units: Sequence[Unit]) -> None:
 
 
 def _warnings(source: Source, target: str, spec: Spec | None) -> Iterator[str]:
-    if source.format == target and not isinstance(source, RequantizedSource):
+    if source.format == target and not isinstance(source, FoldedSource | RequantizedSource):
         yield f"source and output are both {target}: the output is a copy with the same weights"
     if spec is not None and target in FORMATS:
         verdicts = [v for v in kernels(target, spec.bits, spec.group_size, spec.sym, spec.desc_act) if "vLLM" in v.name]
