@@ -254,6 +254,7 @@ def _repaired(config: ConvertConfig, started: float) -> dict[str, Any]:
         "source": config.source,
         "source_format": source.format,
         "format": source.format,
+        "output": config.source,
         **spec_facts(source.spec),
         "modules": len(source.layouts),
         "tensors_compared": 0,

@@ -98,6 +98,10 @@ def open_source(config: ConvertConfig, common: CommonConfig, progress: Progress)
 
         if config.source_format not in ("auto", "gguf"):
             raise BadInput(f"{path} is a GGUF file, not {config.source_format}", "leave --from out")
+        if config.revision is not None:
+            raise BadInput(
+                f"revision {config.revision!r} given, but {path} is no hub repository", "leave --revision out"
+            )
         dtype = DTYPE_OF.get(config.to or "", "F16")
         return GgufSource.open(path, dtype), ResolvedSource(path, config.source, {"kind": "gguf", "file": path.name})
     resolved = resolve(
