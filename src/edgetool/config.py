@@ -231,6 +231,11 @@ class ConvertConfig(Section):
                 "--fix-config repairs SRC in place and converts nothing, so --to and --output do not go with it",
                 "convert reads the tensors, not the config: leave --fix-config out to convert",
             )
+        if self.output is not None and self.output.suffix == ".gguf":
+            raise ConfigError(
+                f"output {self.output} is named like a file, and a directory is written, with model.gguf in it",
+                f"use --output {self.output.with_suffix('')}",
+            )
         if self.sym and self.to in ("fp16", "bf16", "gguf"):
             raise ConfigError(
                 f"sym was given, and {self.to} has no zeros to choose"

@@ -8,14 +8,15 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edgetool import __version__
-from edgetool.artifacts import OutputDirectory
+from edgetool.artifacts import OutputDirectory, sha256_file
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.progress_lines import size
 
@@ -74,6 +75,28 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class FileHashes:
+    """SHA-256 of files, taken in threads beside the work."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "sha256")
+        self._found: dict[Path, Future[str]] = {}
+
+    def add(self, path: Path) -> None:
+        """Hash `path`, which no longer changes."""
+        self._found[path] = self._pool.submit(sha256_file, path)
+
+    def of(self, paths: Iterable[Path]) -> dict[str, str]:
+        """File name -> hash; waits for those that are not ready."""
+        return {path.name: self._found[path].result() for path in paths}
+
+    def __enter__(self) -> FileHashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def memory_peak_bytes() -> int:

@@ -273,6 +273,7 @@ def test_other_tensors_that_the_target_cannot_hold_are_refused_or_rounded_as_ask
         (["SRC", "-o", "OUT", "--to", "awq", "--group-size", "64"], 3, "add --requant"),
         (["SRC", "-o", "OUT", "--to", "fp16", "--sym"], 3, "leave --sym out"),
         (["--fix-config", "SRC", "--to", "awq"], 3, "--fix-config"),
+        (["SRC", "-o", "OUT.gguf", "--to", "gguf"], 3, "a directory is written"),
         (["--fix-config", "demo"], 4, "demo is none"),
         (["SRC", "-o", "SRC/inside", "--to", "awq"], 4, "must not lie in one another"),
         (["SRC", "-o", "SRC", "--to", "awq"], 4, "exists already"),
@@ -313,6 +314,14 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, convert: Co
     assert plan["tensors"] == len(made)
     assert plan["output_bytes"] == sum(array.nbytes for array in made.values())
     assert (plan["sym"], plan["bits"], plan["group_size"], plan["weight_files"]) == (True, 4, 32, 1)
+
+
+def test_an_output_that_vllm_cannot_run_comes_with_the_reason(tmp_path: Path, convert: Convert) -> None:
+    source = make_checkpoint(tmp_path / "source", random_layers(), "awq")
+    plan = convert(source, "-o", tmp_path / "out", "--to", "gptq", "--dry-run")["plan"]
+    assert any("no kernel of vLLM" in warning and "sym only" in warning for warning in plan["warnings"])
+    plan = convert(source, "-o", tmp_path / "out", "--to", "compressed-tensors", "--dry-run")["plan"]
+    assert plan["warnings"] == []
 
 
 # --- with more allowed

@@ -13,6 +13,7 @@ import numpy as np
 
 from tests.parity import scalar_layouts as oracle
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB = 48
 DTYPES = {"float16": "F16", "float32": "F32", "uint16": "BF16", "int32": "I32", "int64": "I64", "uint8": "U8"}
 
@@ -251,6 +252,17 @@ def make_checkpoint(
     for name, text in SIDE_FILES.items():
         (directory / name).write_text(text)
     write_shards(directory, tensors, shards)
+    return directory
+
+
+def golden_checkpoint(directory: Path, tool: str) -> Path:
+    """What `tool` (a name in tests/golden) stored, as a checkpoint directory of the modules k_proj and down_proj."""
+    directory.mkdir(parents=True)
+    side = json.loads((GOLDEN / f"{tool}.json").read_text())
+    (directory / "config.json").write_text(json.dumps({"quantization_config": side["quantization_config"]}))
+    arrays = read_safetensors(GOLDEN / f"{tool}.safetensors")
+    stored = {name: array for name, array in arrays.items() if not name.startswith("expected.")}
+    write_safetensors(directory / "model.safetensors", stored)
     return directory
 
 

@@ -5,6 +5,7 @@ Which conversions are lossless, and what comes out of them, is decided here from
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from edgetool.cli import app
 from edgetool.converter.plan import make_plan
 from edgetool.converter.source import CheckpointSource
 from edgetool.converter.write import converted
@@ -22,10 +25,17 @@ from edgetool.errors import BadInput
 from edgetool.progress import NullProgress
 from tests.fakes.packed_checkpoints import (
     DTYPES,
+    GOLDEN,
     Layer,
     bfloat16,
+    golden_checkpoint,
+    make_checkpoint,
+    other_tensors,
     quantization_config_of,
     random_layer,
+    random_layers,
+    read_checkpoint,
+    read_safetensors,
     write_safetensors,
 )
 
@@ -409,3 +419,75 @@ def test_any_linear_in_any_format_is_converted_by_the_rules(
     if kind != "compressed-tensors" and layer.codes.shape[1] % step:
         return
     only(layer, tmp_path_factory.mktemp("any"), kind, target)
+
+
+# --- the command itself
+
+
+def convert(source: Path, output: Path, *options: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["convert", str(source), "-o", str(output), *options, "--json"])
+    assert result.exit_code == 0, result.stdout + result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sym": {"sym": True},
+    "act-order": {"group_size": 64, "act_order": True},
+    "8-bit-rows": {"bits": 8, "group_size": -1},
+    "3-bit-act-order": {"bits": 3, "act_order": True},
+}
+COMMANDS = [
+    (kind, target, name)
+    for kind in PACKED
+    for target in (*PACKED, *FLOATS)
+    for name in OPTIONS
+    if name == "sym" or "awq" not in (kind, target)  # which has neither other widths nor an activation order
+]
+
+
+@pytest.mark.parametrize(("kind", "target", "name"), COMMANDS)
+def test_a_whole_checkpoint_becomes_the_oracles_tensor_by_tensor(
+    kind: str, target: str, name: str, tmp_path: Path
+) -> None:
+    options = OPTIONS[name]
+    layers = random_layers(layers=1, seed=40, **options)
+    others = other_tensors(layers)
+    source = make_checkpoint(tmp_path / "source", layers, kind, shards=2)
+    document = convert(source, tmp_path / "out", "--to", target, "--from", kind, "--max-shard-size", "20kB")
+    made = read_checkpoint(tmp_path / "out")
+    carried = others if target != "bf16" else {name: bfloat16(array) for name, array in others.items()}
+    same(made, expected(layers, target) | carried)
+    assert (document["source_format"], document["format"], document["modules"]) == (kind, target, len(layers))
+    assert document["tensors_compared"] == document["tensors_equal"] == len(made)
+    assert (document["refused"], document["disagreements"]) == ([], [])
+
+
+TOOLS = {
+    "autoawq-0.2.9-gemm": "awq",
+    "autoround-0.16-awq": "awq",
+    "gptqmodel-7.6.0-awq": "awq",
+    "autoround-0.16-gptq": "gptq",
+    "gptqmodel-7.6.0-gptq": "gptq",
+    "llmcompressor-0.14-awq-asym": "compressed-tensors",
+    "llmcompressor-0.14-gptq-sym": "compressed-tensors",
+}
+
+
+@pytest.mark.parametrize("target", PACKED)
+@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_other_tools_tensors_keep_their_weights_through_every_format(tool: str, target: str, tmp_path: Path) -> None:
+    source = golden_checkpoint(tmp_path / "source", tool)
+    if tool.startswith("llmcompressor") and target != "compressed-tensors":
+        # its scales are float32, and none of them happens to be a 16-bit number
+        result = CliRunner().invoke(app, ["convert", str(source), "-o", str(tmp_path / "packed"), "--to", target])
+        assert result.exit_code == 4 and "F32 scales are not exact in F16" in result.stderr
+        return
+    document = convert(source, tmp_path / "packed", "--to", target)
+    assert (document["source_format"], document["disagreements"]) == (TOOLS[tool], [])
+    convert(tmp_path / "packed", tmp_path / "fp16", "--to", "fp16")
+    weights = read_checkpoint(tmp_path / "fp16")
+    expected_weights = read_safetensors(GOLDEN / f"{tool}.safetensors")
+    side = json.loads((GOLDEN / f"{tool}.json").read_text())
+    assert hashlib.sha256(weights["k_proj.weight"].tobytes()).hexdigest() == side["expected_k_proj_sha256"]
+    assert weights["down_proj.weight"].tobytes() == expected_weights["expected.down_proj"].tobytes()

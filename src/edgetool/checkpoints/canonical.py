@@ -5,7 +5,7 @@ Every format in this package reads to and writes from `QuantizedLinear`; no form
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,11 @@ class QuantizedLinear:
         if self.g_idx is not None:
             return self.g_idx
         return trivial_g_idx(self.in_features, self.group_size)
+
+    def rows(self, start: int, stop: int) -> QuantizedLinear:
+        """Output channels `start` to `stop`, as views of this layer's arrays."""
+        part = slice(start, stop)
+        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part])
 
     def dequantize(self, out: Array | None = None) -> Array:
         """The weights as float32 [out_features, in_features], written into `out` where given.

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints import gguf_rope
 from edgetool.errors import BadInput
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -46,9 +47,15 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Shaped], where: str) -> dict[str, Any]:
+def model_config(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Shaped],
+    where: str,
+    rope_divisors: npt.NDArray[np.float32] | None = None,
+) -> dict[str, Any]:
     """config.json, without the token ids, of the model that a GGUF file's metadata and tensors (by name) describe.
 
+    rope_divisors: the values of the tensor gguf_rope.TENSOR where the file has it.
     Raises BadInput, beginning with `where`, for what transformers would compute differently or not at all.
     """
     architecture = metadata.get("general.architecture")
@@ -57,8 +64,8 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Shaped], whe
     if metadata.get(f"{architecture}.expert_count"):
         raise BadInput(f"{where}: {architecture} with experts (MoE) cannot be imported, only dense models")
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise BadInput(f"{where}: rope scaling ({scaling}, or a rope_freqs tensor) cannot be imported")
+    if scaling != "none":
+        raise BadInput(f"{where}: rope scaling ({scaling}) cannot be imported")
 
     def need(key: str, kind: Any = int, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -77,6 +84,12 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Shaped], whe
     if embedding is None:
         raise BadInput(f"{where}: tensor 'token_embd.weight' is missing")
     rope_theta = _short(need("rope.freq_base", (int, float), 10000.0))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_theta}
+    if rope_divisors is not None:
+        scaled = gguf_rope.parameters_of(rope_divisors, rope_theta, head_dim) if architecture == "llama" else None
+        if scaled is None:
+            raise BadInput(f"{where}: rope scaling by {gguf_rope.TENSOR} that is not Llama 3's cannot be imported")
+        rope = {"rope_type": "llama3", "rope_theta": rope_theta, **scaled}
     config: dict[str, Any] = {
         "architectures": [CLASSES[architecture]],
         "model_type": architecture,
@@ -95,10 +108,12 @@ def model_config(metadata: Mapping[str, Any], tensors: Mapping[str, Shaped], whe
         "use_cache": True,
         # transformers 4 reads the first of each pair, transformers 5 the second, and either is silent about the other
         "rope_theta": rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "rope_parameters": rope,
         "torch_dtype": "float16",
         "dtype": "float16",
     }
+    if rope_divisors is not None:
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if architecture != "qwen2":
         config["attention_bias"] = False
     if architecture == "llama":
@@ -147,7 +162,10 @@ def tensor_table(config: Mapping[str, Any], output: bool) -> dict[str, tuple[str
 
 
 def target_names(config: Mapping[str, Any], tensors: Mapping[str, Shaped], where: str) -> dict[str, str]:
-    """GGUF name -> Hugging Face name of every tensor; refuses what is missing, unknown or of the wrong shape."""
+    """GGUF name -> Hugging Face name of every tensor; refuses what is missing, unknown or of the wrong shape.
+
+    The divisors of a scaled rotation are no tensor in Hugging Face's layout and not among them.
+    """
     if config["num_hidden_layers"] > len(tensors):  # a damaged count must not make a table of its own size
         raise BadInput(f"{where}: {len(tensors)} tensors are too few for {config['num_hidden_layers']} layers")
     table = tensor_table(config, output=not config["tie_word_embeddings"])
@@ -156,7 +174,7 @@ def target_names(config: Mapping[str, Any], tensors: Mapping[str, Shaped], where
             raise BadInput(f"{where}: tensor {name!r} is missing")
         if tensors[name].shape != shape:
             raise BadInput(f"{where}: tensor {name!r} has shape {tensors[name].shape}, its metadata ask for {shape}")
-    if unknown := sorted(set(tensors) - set(table)):
+    if unknown := sorted(set(tensors) - set(table) - {gguf_rope.TENSOR}):
         raise BadInput(f"{where}: tensors that {config['model_type']} does not have: {', '.join(unknown[:5])}")
     return {name: theirs for name, (theirs, _) in table.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgetool.checkpoints import gguf_rope
 from edgetool.checkpoints.gguf_architecture import CLASSES
 from edgetool.checkpoints.gguf_writer import Value
 from edgetool.errors import BadInput
@@ -15,7 +16,8 @@ _ARCHITECTURES = {**{name: name for name in CLASSES}, "mistral": "llama"}
 def described(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of config.json that matter here, complete, with `model_type` as GGUF names the architecture.
 
-    Keys as model_config gives them. Raises BadInput for a model that llama.cpp would compute otherwise or not at all.
+    Keys as model_config gives them, and llama3: the parameters of a scaled rotation or None. Raises BadInput for a
+    model that llama.cpp would compute otherwise or not at all.
     """
     model_type = config.get("model_type")
     architecture = _ARCHITECTURES.get(str(model_type))
@@ -47,20 +49,27 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": need("max_position_embeddings"),
         "rms_norm_eps": float(need("rms_norm_eps", (int, float), 1e-6)),
         "vocab_size": need("vocab_size"),
-        "rope_theta": _rope_theta(config),
+        **_rope(config, architecture),
     }
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """transformers 5 has all of it in rope_parameters, transformers 4 in rope_theta and rope_scaling."""
-    theta, rotated = config.get("rope_theta"), config.get("partial_rotary_factor")
-    for name in ("rope_parameters", "rope_scaling"):
+def _rope(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """rope_theta, and llama3: the parameters of a scaled rotation or None.
+
+    transformers 5 has all of it in rope_parameters, transformers 4 in rope_theta and rope_scaling.
+    """
+    theta, rotated, scaled = config.get("rope_theta"), config.get("partial_rotary_factor"), None
+    for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name)
         if not isinstance(given, dict):
             continue
         kind = given.get("rope_type", given.get("type", "default"))
-        if kind != "default":
-            raise BadInput(f"config.json: rope scaling {kind!r} has no GGUF form here, only unscaled models have one")
+        if kind == "llama3" and architecture == "llama":
+            scaled = gguf_rope.llama3_parameters(given)
+            if scaled is None:
+                raise BadInput(f"config.json: {name} of type llama3 lacks a parameter: {dict(given)}")
+        elif kind != "default":
+            raise BadInput(f"config.json: rope scaling {kind!r} of {architecture} has no GGUF form here")
         theta = given.get("rope_theta", theta)
         rotated = given.get("partial_rotary_factor", rotated)
     if rotated not in (None, 1, 1.0):
@@ -68,7 +77,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     theta = 10000.0 if theta is None else theta
     if not isinstance(theta, (int, float)) or not theta > 0:
         raise BadInput(f"config.json: rope_theta is {theta!r}; must be a number above 0")
-    return float(theta)
+    return {"rope_theta": float(theta), "llama3": scaled}
 
 
 def metadata(model: Mapping[str, Any]) -> dict[str, Value]:

@@ -89,7 +89,9 @@ class GgufFile:
         size = path.stat().st_size
         for tensor in tensors.values():
             if tensor.offset + tensor.nbytes > size:
-                raise BadInput(f"{path}: truncated: tensor {tensor.name!r} reaches beyond the file's {size} bytes")
+                raise BadInput(
+                    f"{path}: truncated: tensor {tensor.name!r} reaches beyond the file's {size} bytes", _FETCH_AGAIN
+                )
         return cls(path, metadata, tensors)
 
     def rows(self, tensor: GgufTensor, wanted: npt.NDArray[np.integer[Any]] | range) -> Array:
@@ -121,6 +123,11 @@ class GgufFile:
         except (NotImplementedError, ValueError) as error:
             raise BadInput(f"{self.path}: tensor {tensor.name!r} of type {tensor.kind}: {error}") from error
         return values
+
+    def vector(self, name: str) -> npt.NDArray[np.float32] | None:
+        """All values of a small tensor, flat, or None where the file has none of that name."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None else self.float32(tensor, range(tensor.rows)).reshape(-1)
 
     def _read(self, fd: int, tensor: GgufTensor, start: int, stop: int) -> Array:
         whole = np.empty((stop - start, tensor.row_bytes), dtype=np.uint8)

@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata and where its tensors lie. The layout is in gguf_writer.py.
 
-The `gguf` package's own reader makes two array views of every token and every merge, which takes 20 s and hundreds of
-MB for a vocabulary of 150 000; here that is a second. It remains the oracle in the tests and in verification.
+The `gguf` package's own reader makes two array views of every token and every merge, which takes 14 s and 500 MB for a
+vocabulary of 150 000 (here 0.2 s), and with some damaged counts it never ends. It remains the oracle in the tests.
 """
 
 from __future__ import annotations

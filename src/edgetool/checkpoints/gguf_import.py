@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints import gguf_rope
 from edgetool.checkpoints.gguf_architecture import gguf_rows, model_config, target_names
 from edgetool.checkpoints.gguf_file import GgufFile, GgufTensor
 from edgetool.checkpoints.gguf_tokenizer import special_token_ids, tokenizer_config, tokenizer_json
@@ -34,16 +35,17 @@ def import_gguf(source: Path, directory: Path, progress: Progress | None = None)
     progress = progress or NullProgress()
     gguf = GgufFile.open(source)
     metadata, where = gguf.metadata, str(source)
-    config = model_config(metadata, gguf.tensors, where)
+    config = model_config(metadata, gguf.tensors, where, gguf.vector(gguf_rope.TENSOR))
     names = target_names(config, gguf.tensors, where)
+    tensors = [tensor for tensor in gguf.tensors.values() if tensor.name in names]
     for name, document in side_documents(metadata, config, where).items():
         write_json(directory / name, document)
-    entries = [(names[tensor.name], "F16", tensor.shape) for tensor in gguf.tensors.values()]
+    entries = [(names[tensor.name], "F16", tensor.shape) for tensor in tensors]
     with (
-        progress.task("read GGUF", sum(tensor.nbytes for tensor in gguf.tensors.values()), "B") as task,
+        progress.task("read GGUF", sum(tensor.nbytes for tensor in tensors), "B") as task,
         TensorFileWriter(directory / "model.safetensors", entries) as writer,
     ):
-        for tensor in gguf.tensors.values():
+        for tensor in tensors:
             name = names[tensor.name]
             writer.write(name, _half_rows(gguf, tensor, gguf_rows(name, config)))
             task.advance(tensor.nbytes)

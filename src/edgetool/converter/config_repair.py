@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,14 @@ def repair(path: Path, from_: str = "auto") -> tuple[CheckpointSource, list[str]
                 f"copy the checkpoint first: cp -rL {path} ...",
             )
     config: Mapping[str, Any] = source.config
-    quantization = _right_quantization(source)
-    written_as = source.format if source.format in _GPTQ else None
+    problems = [*source.disagreements, *_unnoticed(source)]
+    quantization = _right_quantization(source, problems)
     right = {**config, "quantization_config": quantization}
-    after = detect(source.checkpoint.tensors, source.checkpoint.read, right, written_as=written_as)
+    after = detect(
+        source.checkpoint.tensors, source.checkpoint.read, right, written_as=from_ if from_ in _GPTQ else None
+    )
     left = () if after is None else after.disagreements
-    fixed = [note for note in source.disagreements if note not in left]
+    fixed = [note for note in problems if note not in left]
     if quantization is not None and (said := _side_problem(path / SIDE_CONFIG, quantization)):
         fixed.append(said)
     if fixed:
@@ -118,11 +120,20 @@ def repair(path: Path, from_: str = "auto") -> tuple[CheckpointSource, list[str]
     return source, fixed
 
 
-def _right_quantization(source: CheckpointSource) -> dict[str, Any] | None:
+def _unnoticed(source: CheckpointSource) -> list[str]:
+    """Asymmetric linears of a checkpoint that is said to be symmetric: detection looks at the zeros of some only."""
+    claim = claimed_quantization(source.config) or {}
+    if source.format not in _GPTQ or not claim.get("sym") or (source.spec is not None and not source.spec.sym):
+        return []
+    wrong = [name for name in source.layouts if not source.rest(name).sym]
+    return [f"config.json says sym True, the zeros of {wrong[0]} ({len(wrong)} linears) say False"] if wrong else []
+
+
+def _right_quantization(source: CheckpointSource, problems: Sequence[str]) -> dict[str, Any] | None:
     if source.found is None:
         return None
     spec, claim = source.found.spec, claimed_quantization(source.config)
-    if claim is not None and not source.disagreements:
+    if claim is not None and not problems:
         return dict(claim)
     if source.format in _GPTQ:  # what has been found of the zeros so far was found in a sample
         spec = Spec(spec.bits, spec.group_size, all(source.rest(name).sym for name in source.layouts), spec.desc_act)

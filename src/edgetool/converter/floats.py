@@ -20,7 +20,6 @@ DTYPE_OF = {name: dtype for dtype, name in FLOAT_NAMES.items() if name in ("fp16
 
 
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
-_BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,18 @@ def narrowed(values: Array, target: str) -> Array:
         return float32_to_bfloat16(values) if target == "BF16" else values.astype(np.float16)
 
 
-def check_finite(weights: Array, target: str, name: str) -> None:
-    """Raise BadInput, naming `name`, where weights in F16 or BF16 (uint16 bits) are NaN or infinite."""
+def infinite(weights: Array, target: str) -> int:
+    """How many weights in F16 or BF16 (uint16 bits) are NaN or infinite."""
     mask = np.uint16(_EXPONENT[target])
-    bits = weights.reshape(-1).view(np.uint16)
-    count = 0
-    for start in range(0, bits.size, _BLOCK_VALUES):
-        count += int(((bits[start : start + _BLOCK_VALUES] & mask) == mask).sum())
-    if count:
-        raise BadInput(
-            f"{name}: {count} of its {weights.size} dequantised weights do not fit {FLOAT_NAMES[target]}",
-            "--to bf16 has a wider range" if target == "F16" else None,
-        )
+    return int(np.count_nonzero((weights.view(np.uint16) & mask) == mask))
+
+
+def beyond(target: str, name: str, count: int, size: int) -> BadInput:
+    """The error for `count` of the `size` weights of `name` that are infinite in F16 or BF16."""
+    return BadInput(
+        f"{name}: {count} of its {size} dequantised weights do not fit {FLOAT_NAMES[target]}",
+        "--to bf16 has a wider range" if target == "F16" else None,
+    )
 
 
 def _wide(values: Array, dtype: str) -> Array:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.converter.compare import Order
-from edgetool.converter.plan import stripped
 from edgetool.converter.source import Source
 
 Array = npt.NDArray[Any]
@@ -101,7 +100,7 @@ class _Planner:
         for module, layout in source.layouts.items():
             if layout.g_idx_trivial:
                 continue
-            g_idx = stripped(source, module).group_index()
+            g_idx = source.rest(module).group_index()
             members = np.bincount(g_idx, minlength=-(-layout.in_features // layout.group_size))
             if np.any(members != layout.group_size):
                 spread = f"{members.min()} to {members.max()}"
@@ -160,9 +159,9 @@ class _Planner:
         try:
             for module in filter(self.reads_residual, self.layouts):
                 if module in self.not_folded:
-                    raise _NotExact(f"it shares its inputs with {module}: {self.not_folded[module]}")
+                    raise _NotExact(f"the residual stream has one order; {module}: {self.not_folded[module]}")
                 if module not in wanted or not np.array_equal(wanted[module], perm):
-                    raise _NotExact(f"it reads the residual stream, and {first} and {module} want different orders")
+                    raise _NotExact(f"the residual stream has one order; {first} and {module} want different ones")
             self.sort_residual(perm)
         except _NotExact as reason:
             self.not_folded = {**dict.fromkeys(wanted, str(reason)), **self.not_folded}

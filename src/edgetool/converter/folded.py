@@ -55,16 +55,22 @@ class FoldedSource:
 
     def linear(self, module: str) -> QuantizedLinear:
         """A quantised linear; only where it could not be folded with a g_idx that is not trivial."""
-        linear = self.source.linear(module)
+        return self._in_order(module, self.source.linear(module))
+
+    def rest(self, module: str) -> QuantizedLinear:
+        """The same for planning; codes may be absent."""
+        return self._in_order(module, self.source.rest(module))
+
+    def _in_order(self, module: str, linear: QuantizedLinear) -> QuantizedLinear:
         order = self.plan.order.get(module, UNCHANGED)
         if order.rows is not None:
-            codes, scales, zeros = (a.take(order.rows, axis=0) for a in (linear.codes, linear.scales, linear.zeros))
-            linear = replace(linear, codes=codes, scales=scales, zeros=zeros)
+            scales, zeros = (a.take(order.rows, axis=0) for a in (linear.scales, linear.zeros))
+            linear = replace(linear, codes=_taken(linear.codes, order.rows, 0), scales=scales, zeros=zeros)
         if module not in self.plan.folded:
             return linear
         codes, groups = linear.codes, linear.group_index()
         if order.columns is not None:
-            codes, groups = codes.take(order.columns, axis=1), groups[order.columns]
+            codes, groups = _taken(codes, order.columns, 1), groups[order.columns]
         # Every group is a run of neighbours now; they are numbered in their order.
         present = groups[:: linear.group_size]
         scales, zeros = (a.take(present, axis=1) for a in (linear.scales, linear.zeros))
@@ -76,13 +82,14 @@ class FoldedSource:
             return self.linear(module).dequantize()
         return self.source.weight(module)
 
-    def zeros(self, module: str) -> Array:
-        """uint8 [out_features, n_groups]."""
-        return self.linear(module).zeros
-
     def write_side_files(self, directory: Path) -> None:
         """Those of the original."""
         self.source.write_side_files(directory)
+
+
+def _taken(codes: Array, places: Array, axis: int) -> Array:
+    """Rows or columns of `codes`; absent ones stay absent."""
+    return codes.take(places, axis=axis) if any(codes.strides) else codes
 
 
 def _moved(tensor: PlainTensor, order: Order) -> PlainTensor:

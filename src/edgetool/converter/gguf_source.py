@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.artifacts import disk_errors
-from edgetool.checkpoints import gguf_blocks
+from edgetool.checkpoints import gguf_blocks, gguf_rope
 from edgetool.checkpoints.bfloat16 import float32_to_bfloat16
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.detect import ModuleLayout
@@ -63,7 +63,7 @@ class GgufSource:
         not known, MissingDependency without the `gguf` package.
         """
         file, where = GgufFile.open(path), str(path)
-        config = model_config(file.metadata, file.tensors, where)
+        config = model_config(file.metadata, file.tensors, where, file.vector(gguf_rope.TENSOR))
         names = target_names(config, file.tensors, where)
         config |= {"torch_dtype": _TORCH_NAMES[dtype], "dtype": _TORCH_NAMES[dtype]}
         documents = side_documents(file.metadata, config, where)
@@ -72,6 +72,8 @@ class GgufSource:
         inexact: dict[str, str] = {}
         plain: dict[str, PlainTensor] = {}
         for tensor in file.tensors.values():
+            if tensor.name not in names:
+                continue
             name = names[tensor.name]
             if name.endswith("_proj.weight") and tensor.kind not in _FLOATS:
                 name = name.removesuffix(".weight")
@@ -114,14 +116,9 @@ class GgufSource:
             weight[block] = self.file.float32(tensor, rows[block])
         return weight
 
-    def zeros(self, module: str) -> Array:
-        """uint8 [out_features, in_features / 32]. Raises BadInput for a module that is `inexact`."""
-        self._refuse_inexact(module)
-        tensor = self._tensors[module]
-        if tensor.kind == "Q4_1":
-            return self.linear(module).zeros
-        groups = tensor.shape[1] // gguf_blocks.BLOCK
-        return np.full((tensor.shape[0], groups), 1 << (gguf_blocks.CODE_BITS[tensor.kind] - 1), dtype=np.uint8)
+    def rest(self, module: str) -> QuantizedLinear:
+        """The same: codes, scales and zeros lie in one block."""
+        return self.linear(module)
 
     def write_side_files(self, directory: Path) -> None:
         """Write generation_config.json, tokenizer.json and tokenizer_config.json into `directory`."""

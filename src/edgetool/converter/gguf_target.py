@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.artifacts import disk_errors
-from edgetool.checkpoints import gguf_blocks
+from edgetool.checkpoints import gguf_blocks, gguf_rope
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32
 from edgetool.checkpoints.gguf_architecture import gguf_rows, tensor_table
 from edgetool.checkpoints.gguf_description import described, metadata, remarks
@@ -40,8 +40,9 @@ class GgufPlan:
     """What a GGUF file will hold.
 
     entries: its tensors in order. names: each one's name -> the module or plain tensor of the source that it comes
-    from. refused: module or tensor -> why it has no exact place in the file. warnings: sentences about what llama.cpp
-    does otherwise than the model's own code.
+    from (the divisors of a scaled rotation come from config.json and have their own name). refused: module or tensor
+    -> why it has no exact place in the file. warnings: sentences about what llama.cpp does otherwise than the model's
+    own code.
     """
 
     metadata: Mapping[str, Value] = field(repr=False)
@@ -91,6 +92,9 @@ def plan_gguf(source: Source, *, threads: int = 1, progress: Progress | None = N
         for made in _mapped(entry, list(table.items()), threads):
             entries += [] if made is None else [made]
             task.advance()
+    if model["llama3"] is not None:
+        names[gguf_rope.TENSOR] = gguf_rope.TENSOR
+        entries.append((gguf_rope.TENSOR, "F32", (model["head_dim"] // 2,)))
     common = Counter(kind for _, kind, shape in entries if len(shape) == 2).most_common(1)
     file_type = FILE_TYPES[common[0][0]] if common else FILE_TYPES["F32"]
     return GgufPlan(
@@ -174,7 +178,9 @@ def _data(source: Source, name: str, entry: Entry, model: Mapping[str, Any]) -> 
     """The tensor's bytes as they go into the file."""
     kind = entry[1]
     rows = gguf_rows(name, model)
-    if name in source.layouts:
+    if name == gguf_rope.TENSOR:
+        yield gguf_rope.divisors(model["llama3"], model["rope_theta"], model["head_dim"])
+    elif name in source.layouts:
         stored = gguf_blocks.write(kind, source.linear(name))
         yield stored if rows is None else _placed(stored, rows)
     elif rows is None:

@@ -7,26 +7,25 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetool import __version__
-from edgetool.artifacts import OutputDirectory, disk_errors, sha256_file, write_manifest
-from edgetool.checkpoints.formats import Spec
+from edgetool.artifacts import OutputDirectory, disk_errors, write_manifest
 from edgetool.config import CONVERT_TARGETS, CommonConfig, ConvertConfig
 from edgetool.converter.config_repair import repair, write_new_config
 from edgetool.converter.floats import DTYPE_OF
 from edgetool.converter.opening import Opened, open_source, planned, prepared
 from edgetool.converter.plan import Plan
+from edgetool.converter.report import facts, plan_facts, spec_facts
 from edgetool.converter.verify import Meant, Verified, open_side, verify
 from edgetool.converter.write import Abandoned, cut, write_weights
 from edgetool.errors import BadInput, EdgetoolError, ResourceUnavailable, Stopped, UsageError
 from edgetool.ledger import RunLedger, count_records
 from edgetool.progress import Progress
-from edgetool.runs import free_disk_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
+from edgetool.runs import FileHashes, free_disk_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 SCHEMA = "edgetool.convert/1"
 LEDGER_NAME = "ledger.jsonl"
@@ -70,7 +69,7 @@ def _converted(
         progress.warn(note)
     opened, plan = planned(config, opened, _threads(config), progress)
     if config.dry_run:
-        return {"plan": {**_facts(config, opened, plan), **_plan_facts(config, plan)}}
+        return {"plan": {**facts(config, opened, plan), **plan_facts(config, plan)}}
     there = sum(path.stat().st_size for path in out.partial.glob("*")) if out.resuming else 0
     free_disk_bytes(out.output, plan.output_bytes - there, "converting")
     return _Run(config, opened, plan, out, progress, started).document()
@@ -99,10 +98,10 @@ class _Run:
             if self.opened.requantized is not None:
                 for record in ledger.having("requantized"):
                     self.opened.requantized.restore(record["requantized"])
-            with _kept_only_if_useful(self.out), stop_requests() as stop, _Hashes() as hashes:
+            with _kept_only_if_useful(self.out), stop_requests() as stop, FileHashes(_threads(self.config)) as hashes:
                 return self._finished(ledger, stop, hashes)
 
-    def _finished(self, ledger: RunLedger, stop: threading.Event, hashes: _Hashes) -> dict[str, Any]:
+    def _finished(self, ledger: RunLedger, stop: threading.Event, hashes: FileHashes) -> dict[str, Any]:
         source, resolved, rounded = self.opened.source, self.opened.resolved, self.opened.requantized
         for path in source.files:
             hashes.add(path)
@@ -140,7 +139,7 @@ class _Run:
     def _weight_files(self) -> list[Path]:
         return sorted([*self.out.partial.glob("*.safetensors"), *self.out.partial.glob("*.gguf")])
 
-    def _write(self, ledger: RunLedger, stop: threading.Event, hashes: _Hashes) -> None:
+    def _write(self, ledger: RunLedger, stop: threading.Event, hashes: FileHashes) -> None:
         source, directory = self.opened.source, self.out.partial
         if self.plan.gguf is not None:
             from edgetool.converter.gguf_target import FILE_NAME, write_gguf
@@ -204,7 +203,7 @@ class _Run:
     def _result(self, verified: Verified) -> dict[str, Any]:
         rounded = self.opened.requantized
         return {
-            **_facts(self.config, self.opened, self.plan),
+            **facts(self.config, self.opened, self.plan),
             **({"requantized": rounded.report()} if rounded else {}),
             "output": str(self.config.output),
             "tensors_compared": verified.compared,
@@ -215,28 +214,6 @@ class _Run:
             "output_bytes": sum(path.stat().st_size for path in self._weight_files()),
             "peak_rss_bytes": memory_peak_bytes(),
         }
-
-
-class _Hashes:
-    """SHA-256 of files, taken in a thread beside the work."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "sha256")
-        self._found: dict[Path, Future[str]] = {}
-
-    def add(self, path: Path) -> None:
-        """Hash `path`, which no longer changes."""
-        self._found[path] = self._pool.submit(sha256_file, path)
-
-    def of(self, paths: Any) -> dict[str, str]:
-        """File name -> hash; waits for those that are not ready."""
-        return {path.name: self._found[path].result() for path in paths}
-
-    def __enter__(self) -> _Hashes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -264,40 +241,6 @@ def _in_details(details: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _facts(config: ConvertConfig, opened: Opened, plan: Plan) -> dict[str, Any]:
-    """What plan and result both say."""
-    source, spec = opened.source, plan.spec
-    facts = {
-        "source": config.source,
-        "source_format": source.format,
-        "format": plan.target,
-        **_spec_facts(spec),
-        "modules": len(source.layouts),
-        "refused": [],
-        "disagreements": list(source.disagreements),
-        "warnings": list(plan.warnings),
-        **opened.facts,
-    }
-    return facts if plan.gguf is None else {**facts, "gguf_types": plan.gguf.types}
-
-
-def _spec_facts(spec: Spec | None) -> dict[str, Any]:
-    return {
-        "bits": spec.bits if spec else 16,
-        "group_size": spec.group_size if spec else None,
-        "sym": spec.sym if spec else None,
-        "desc_act": spec.desc_act if spec else None,
-    }
-
-
-def _plan_facts(config: ConvertConfig, plan: Plan) -> dict[str, Any]:
-    return {
-        "tensors": plan.tensors,
-        "weight_files": 1 if plan.gguf else len(cut(plan, config.max_shard_size_bytes)),
-        "output_bytes": plan.output_bytes,
-    }
-
-
 def _repaired(config: ConvertConfig, started: float) -> dict[str, Any]:
     """Repair the configuration of the checkpoint directory `config.source` in place."""
     path = Path(config.source).expanduser()
@@ -311,7 +254,8 @@ def _repaired(config: ConvertConfig, started: float) -> dict[str, Any]:
         "source": config.source,
         "source_format": source.format,
         "format": source.format,
-        **_spec_facts(source.spec),
+        "output": config.source,
+        **spec_facts(source.spec),
         "modules": len(source.layouts),
         "tensors_compared": 0,
         "tensors_equal": 0,

@@ -52,6 +52,7 @@ def planned(config: ConvertConfig, opened: Opened, threads: int, progress: Progr
         except NoLosslessForm as refusal:
             modules: Collection[str] = refusal.modules
             if not config.requant or not modules:
+                _explain(refusal, opened)
                 raise
     else:
         modules = source.layouts
@@ -62,6 +63,15 @@ def planned(config: ConvertConfig, opened: Opened, threads: int, progress: Progr
         modules = source.layouts  # one checkpoint has one width and one group size
     rounded = RequantizedSource(source, modules, spec, lowest_zero=1 if target == "gptq" else 0)
     return replace(opened, source=rounded, requantized=rounded), make_plan(rounded, target, **options)
+
+
+def _explain(refusal: NoLosslessForm, opened: Opened) -> None:
+    """Say why a linear that is in the way was not folded, if folding was asked for."""
+    why = {entry["module"]: entry["reason"] for entry in opened.facts.get("not_folded", ())}
+    kept = [module for module in refusal.modules if module in why]
+    if kept:
+        refusal.details = {**refusal.details, **opened.facts}
+        refusal.hint = f"{kept[0]} cannot be folded: {why[kept[0]]}; --to gptq keeps its order, --requant rounds again"
 
 
 def prepared(source: Source, resolved: ResolvedSource, config: ConvertConfig) -> Opened:
@@ -88,6 +98,10 @@ def open_source(config: ConvertConfig, common: CommonConfig, progress: Progress)
 
         if config.source_format not in ("auto", "gguf"):
             raise BadInput(f"{path} is a GGUF file, not {config.source_format}", "leave --from out")
+        if config.revision is not None:
+            raise BadInput(
+                f"revision {config.revision!r} given, but {path} is no hub repository", "leave --revision out"
+            )
         dtype = DTYPE_OF.get(config.to or "", "F16")
         return GgufSource.open(path, dtype), ResolvedSource(path, config.source, {"kind": "gguf", "file": path.name})
     resolved = resolve(

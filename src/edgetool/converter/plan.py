@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.legality import VLLM_VERSION, kernels
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, Entry
 from edgetool.converter.fit import Refused, fit, needs_codes
 from edgetool.converter.floats import DTYPE_OF, delivered_dtype, misfit
+from edgetool.converter.folded import FoldedSource
 from edgetool.converter.requantized import RequantizedSource
-from edgetool.converter.source import CheckpointSource, Source
+from edgetool.converter.source import Source
 from edgetool.errors import BadInput
 from edgetool.progress import Progress
 
@@ -177,11 +178,6 @@ def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> N
     )
 
 
-def stripped(source: Source, module: str) -> QuantizedLinear:
-    """The linear, if need be without its codes (`absent_codes`), as cheaply as the source can give it."""
-    return source.rest(module) if isinstance(source, CheckpointSource | RequantizedSource) else source.linear(module)
-
-
 def _gguf_plan(source: Source, threads: int, progress: Progress) -> Plan:
     """Every quantised linear gets the smallest GGUF type that holds it exactly."""
     from edgetool.converter.gguf_target import plan_gguf
@@ -213,7 +209,7 @@ def _fit_module(source: Source, module: str, target: str, sym: bool) -> _Fitted:
     if module in source.inexact:
         raise Refused(source.inexact[module], "--to fp16, or --requant to round again")
     spec = target_spec(source, sym=sym)
-    linear = stripped(source, module)
+    linear = source.rest(module)
     if needs_codes(linear, target, spec):
         linear = source.linear(module)
     was_sym = linear.sym
@@ -251,8 +247,8 @@ def _plain_unit(source: Source, name: str, target: str, rounding: bool) -> tuple
 def _work_bytes(source: Source, module: str, target: str) -> int:
     layout = source.layouts[module]
     weights = layout.out_features * layout.in_features
-    if module in source.inexact:
-        return weights * 8
+    if module in source.inexact or (isinstance(source, RequantizedSource) and module in source.modules):
+        return weights * 8  # as float32, and again while it is narrowed or packed
     # packed on both sides, a byte a code between them and as much again while they are packed
     return weights * (16 + 2 * layout.bits) // 8
 
@@ -283,12 +279,15 @@ def _refuse_twins(units: Sequence[Unit]) -> None:
 
 
 def _warnings(source: Source, target: str, spec: Spec | None) -> Iterator[str]:
-    if source.format == target:
+    if source.format == target and not isinstance(source, FoldedSource | RequantizedSource):
         yield f"source and output are both {target}: the output is a copy with the same weights"
     if spec is not None and target in FORMATS:
+        verdicts = [v for v in kernels(target, spec.bits, spec.group_size, spec.sym, spec.desc_act) if "vLLM" in v.name]
         reason = FORMATS[target].check(spec)
         if reason is not None:
             yield reason
+        elif not any(verdict.ok for verdict in verdicts):
+            yield f"no kernel of vLLM {VLLM_VERSION} runs the output: {verdicts[0].why}"
     claim = source.config.get("quantization_config")
     groups = claim.get("config_groups") if isinstance(claim, dict) else None
     for group in groups.values() if isinstance(groups, dict) else ():

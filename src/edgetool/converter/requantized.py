@@ -101,7 +101,7 @@ class RequantizedSource:
         Raises Refused where the group size does not fit it.
         """
         if module not in self.modules:
-            return self.source.linear(module)
+            return self.source.rest(module)
         layout, new = self.layouts[module], self._new
         if layout.in_features % layout.group_size:
             raise Refused(
@@ -122,10 +122,6 @@ class RequantizedSource:
     def weight(self, module: str) -> Array:
         """A quantised linear's weights, float32 [out_features, in_features], after the rounding."""
         return self.linear(module).dequantize() if module in self.modules else self.source.weight(module)
-
-    def zeros(self, module: str) -> Array:
-        """uint8 [out_features, n_groups]."""
-        return self.linear(module).zeros
 
     def write_side_files(self, directory: Path) -> None:
         """Those of the original."""

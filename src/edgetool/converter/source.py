@@ -101,8 +101,8 @@ class Source(Protocol):
     def weight(self, module: str) -> Array:
         """Any quantised linear's weights, float32 [out_features, in_features]."""
 
-    def zeros(self, module: str) -> Array:
-        """uint8 [out_features, n_groups], without reading codes where the format keeps them apart."""
+    def rest(self, module: str) -> QuantizedLinear:
+        """The same for planning: codes may be absent (`absent_codes`) where they can be done without."""
 
     def write_side_files(self, directory: Path) -> None:
         """Tokenizer, generation config, chat template and so on; not config.json."""
@@ -204,10 +204,6 @@ class CheckpointSource:
     def weight(self, module: str) -> Array:
         """A quantised linear's weights, float32 [out_features, in_features]."""
         return self.linear(module).dequantize()
-
-    def zeros(self, module: str) -> Array:
-        """uint8 [out_features, n_groups]."""
-        return self.rest(module).zeros
 
     def rest(self, module: str) -> QuantizedLinear:
         """The linear, checked as `linear` does, but with `absent_codes`; its codes are not read."""

@@ -21,7 +21,7 @@ from edgetool.checkpoints.repack import repack
 from edgetool.checkpoints.scratch import Scratch
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorFileWriter
 from edgetool.converter.fit import fit, needs_codes
-from edgetool.converter.floats import DTYPE_OF, check_finite, delivered, narrowed
+from edgetool.converter.floats import DTYPE_OF, beyond, delivered, infinite, narrowed
 from edgetool.converter.plan import Plan, Unit
 from edgetool.converter.source import CheckpointSource, Source
 from edgetool.ledger import RunLedger
@@ -31,6 +31,7 @@ Array = npt.NDArray[Any]
 Pieces = Array | Iterator[Array]
 
 _IN_FLIGHT_BYTES = 256 * 2**20
+_BLOCK_VALUES = 1 << 18  # weights rounded to 16 bit at a time, so that they are written from the cache
 
 
 class Abandoned(Exception):
@@ -95,7 +96,7 @@ def converted(source: Source, plan: Plan, name: str, scratch: Scratch | None = N
         tensor = source.plain[name]
         return {name: (delivered(tensor, DTYPE_OF[plan.target]) if plan.target in DTYPE_OF else tensor).chunks()}
     if plan.spec is None:
-        return {f"{name}.weight": _weights(source, name, DTYPE_OF[plan.target])}
+        return {f"{name}.weight": _weights(source, name, DTYPE_OF[plan.target], scratch)}
     layout = source.layouts[name]
     spec = replace(plan.spec, desc_act=not layout.g_idx_trivial)
     arrays = _repacked(source, name, plan.target, spec, scratch)
@@ -122,15 +123,25 @@ def _repacked(source: Source, module: str, target: str, spec: Spec, scratch: Scr
     return repack(source.packed(module, scratch), kind, target, own, spec, module, adapt, scratch)
 
 
-def _weights(source: Source, module: str, dtype: str) -> Array:
-    """The weights in F16 or BF16 (uint16 bits), [out_features, in_features]: float32 products, rounded once."""
-    if module in source.inexact:
-        weights = narrowed(source.weight(module), dtype)
-    else:
-        linear = source.linear(module)
-        weights = linear.dequantize(np.empty(linear.codes.shape, dtype=NUMPY_DTYPES[dtype]))
-    check_finite(weights, dtype, module)
-    return weights
+def _weights(source: Source, module: str, dtype: str, scratch: Scratch | None) -> Iterator[Array]:
+    """The weights in F16 or BF16 (uint16 bits), some rows at a time: float32 products, rounded once."""
+    linear = None if module in source.inexact else source.linear(module)
+    weight = source.weight(module) if linear is None else linear.codes  # for its shape only, if there are codes
+    step = max(1, _BLOCK_VALUES // weight.shape[1])
+    lost = 0
+    for start in range(0, len(weight), step):
+        shape = weight[start : start + step].shape
+        out: Array
+        if linear is None:
+            out = narrowed(weight[start : start + step], dtype)
+        else:
+            kind = NUMPY_DTYPES[dtype]
+            out = np.empty(shape, kind) if scratch is None else scratch.empty("weights", shape, kind)
+            linear.rows(start, start + step).dequantize(out)
+        lost += infinite(out, dtype)
+        yield out
+    if lost:
+        raise beyond(dtype, module, lost, weight.size)
 
 
 class _Workers:

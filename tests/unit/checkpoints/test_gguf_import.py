@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgetool.checkpoints import gguf_import
+from edgetool.checkpoints import gguf_import, gguf_rope
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.gguf_import import import_gguf
 from edgetool.errors import BadInput, MissingDependency
@@ -124,11 +124,29 @@ def test_it_opens_as_a_checkpoint_and_progress_covers_every_byte(tmp_path: Path,
     assert len(Checkpoint.open(tmp_path / "out").tensors) == 20
 
 
+def test_llama_3s_scaled_rotation_is_imported_by_its_parameters(tmp_path: Path) -> None:
+    scaled = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, **scaled}
+    original = make_tiny_model(tmp_path / "original", "llama", tied=False, rope_parameters=rope)
+    divisors = gguf_rope.divisors(scaled, 500000.0, 16)
+    source = write_tiny_gguf(tmp_path / "m.gguf", original, tensors={gguf_rope.TENSOR: divisors})
+    imported = _import(source, tmp_path)
+    config = json.loads((imported / "config.json").read_text())
+    assert (config["rope_parameters"], config["rope_scaling"]) == (rope, {"rope_type": "llama3", **scaled})
+    tokens = torch.arange(3, 300).reshape(1, -1)
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens).logits
+            for model in (original, imported)
+        ]
+    assert torch.equal(*logits)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"metadata": {"general.architecture": "mamba"}}, "architecture 'mamba' cannot be imported"),
     "experts": ({"metadata": {"llama.expert_count": 8}}, "MoE"),
     "rope scaling": ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"rope scaling \(yarn"),
-    "rope table": ({"tensors": {"rope_freqs.weight": np.ones(8)}}, "rope_freqs"),
+    "rope table": ({"tensors": {"rope_freqs.weight": np.arange(1, 9)}}, "rope_freqs"),
     "no block count": ({"metadata": {"llama.block_count": None}}, r"llama\.block_count is missing"),
     "tensor missing": ({"tensors": {"blk.1.attn_q.weight": None}}, r"'blk\.1\.attn_q\.weight' is missing"),
     "embedding missing": ({"tensors": {"token_embd.weight": None}}, r"'token_embd\.weight' is missing"),

@@ -8,10 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32
 from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.config import CommonConfig, ConvertConfig
 from edgetool.converter.compare import UNCHANGED, Order
 from edgetool.converter.fold import FoldPlan, plan_fold, sorted_by_group
 from edgetool.converter.folded import FoldedSource
+from edgetool.converter.job import run_convert
 from edgetool.converter.source import CheckpointSource, PlainTensor
+from edgetool.errors import BadInput
+from edgetool.progress import NullProgress
 from tests.fakes.packed_checkpoints import quantization_config_of, random_layer, read_checkpoint, write_safetensors
 from tests.fakes.tiny_models import make_tiny_model
 
@@ -100,7 +104,7 @@ def check_folded(source, modules, *, computed=True):
         expected = expected if order.rows is None else expected[order.rows]
         expected = expected if order.columns is None else expected[:, order.columns]
         assert np.array_equal(folded.weight(module), expected)
-        assert np.array_equal(folded.zeros(module), folded.linear(module).zeros)
+        assert np.array_equal(folded.rest(module).zeros, folded.linear(module).zeros)
         assert folded.layouts[module].g_idx_trivial == (folded.linear(module).g_idx is None)
         folded.linear(module).validate(module)
     assert all(folded.linear(module).g_idx is None for module in plan.folded)
@@ -186,7 +190,7 @@ def test_a_residual_stream_with_two_orders_stays_and_the_reason_names_both(make,
     assert not plan.folded and not plan.order
     assert len(plan.not_folded) == 10
     reason = plan.not_folded["model.layers.0.self_attn.q_proj"]
-    assert "reads the residual stream" in reason and f"model.{odd}" in reason
+    assert "the residual stream has one order" in reason and f"model.{odd}" in reason
 
 
 def test_a_linear_in_plain_order_keeps_the_residual_stream_as_it_is(make):
@@ -245,7 +249,7 @@ def test_groups_of_unequal_size_are_not_folded(make):
             layer.g_idx[np.flatnonzero(layer.g_idx == 3)[0]] = 4
         return layer
 
-    uneven.linear = linear
+    uneven.rest = linear
     plan = plan_fold(uneven)
     assert plan.folded == ("model.layers.1.mlp.down_proj",)
     assert plan.not_folded == {"model.layers.0.mlp.down_proj": "its groups have 7 to 9 channels; all must have 8"}
@@ -255,7 +259,7 @@ def test_a_linear_of_unknown_place_is_not_folded(make):
     source = make("llama", {"layers.1.mlp.down_proj": scattered(2, 128)})
     moved = {name.replace("layers.1.mlp", "blocks.1.ffn"): layout for name, layout in source.layouts.items()}
     renamed = FoldedSource(replace(source, layouts=moved), FoldPlan((), {}, {}))
-    renamed.linear = lambda module: source.linear(module.replace("blocks.1.ffn", "layers.1.mlp"))
+    renamed.rest = lambda module: source.linear(module.replace("blocks.1.ffn", "layers.1.mlp"))
     assert "does not know what makes" in plan_fold(renamed).not_folded["model.blocks.1.ffn.down_proj"]
 
 
@@ -301,6 +305,18 @@ def test_a_folded_layer_fits_awq_and_the_original_does_not(make):
     assert "AWQ has no g_idx" in FORMATS["awq"].refusal(source.linear(name), spec)
     again = FORMATS["awq"].read(FORMATS["awq"].write(folded.linear(name), spec), spec)
     assert np.array_equal(again.dequantize(), folded.weight(name))
+
+
+def test_a_conversion_that_folding_does_not_make_possible_says_why(make, tmp_path):
+    orders = {"layers.0.self_attn.o_proj": scattered(1, 64), "layers.1.mlp.down_proj": scattered(2, 128)}
+    source = make("llama", orders).checkpoint.directory
+    config = ConvertConfig(source=str(source), output=tmp_path / "out", to="awq", fold_act_order=True)
+    with pytest.raises(BadInput, match="o_proj has no lossless form in awq") as error:
+        run_convert(config, CommonConfig(), NullProgress())
+    assert "o_proj cannot be folded: its groups reach across attention heads" in error.value.hint
+    assert error.value.details["folded"] == ["model.layers.1.mlp.down_proj"]
+    assert [entry["module"] for entry in error.value.details["refused"]] == ["model.layers.0.self_attn.o_proj"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_columns_move_right_whatever_the_pieces_a_tensor_comes_in(make):
