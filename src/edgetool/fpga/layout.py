@@ -113,12 +113,20 @@ class MatrixLayout:
         return self.padded_n * self.padded_k
 
 
-def pack_int4(words: Array, scales: Array, offsets: Array | None, layout: MatrixLayout, encoding: str) -> Array:
+def pack_int4(
+    words: Array,
+    scales: Array,
+    offsets: Array | None,
+    layout: MatrixLayout,
+    encoding: str,
+    out: Array | None = None,
+) -> Array:
     """Rows of a 4-bit matrix as port bytes: uint8 [32, ceil(rows / 32), row_bytes].
 
     words: uint32 [rows, ceil(k / 8)], unsigned codes 0..15 that mean code - 8, along K, lowest nibble first; may be a
         transposed view. The rows start at one that lies on port 0.
     scales, offsets: float16 [rows, groups]; offsets as `layout.zeros` says.
+    out: what an earlier call for the same layout returned; it is filled again where that leaves padding zero.
     Raises ValueError for shapes that do not fit, and for signmag codes 0 (`count_unrepresentable` counts them).
     """
     rows = words.shape[0]
@@ -127,7 +135,9 @@ def pack_int4(words: Array, scales: Array, offsets: Array | None, layout: Matrix
     if (offsets is not None) != layout.zeros:
         raise ValueError("offsets must be given exactly where the layout has zeros")
     local_rows = -(-rows // _PORTS)
-    out = np.zeros((_PORTS, local_rows, layout.row_bytes), dtype=np.uint8)
+    shape = (_PORTS, local_rows, layout.row_bytes)
+    if out is None or out.shape != shape or rows % _PORTS:  # what was a row may now be padding
+        out = np.zeros(shape, dtype=np.uint8)
     out16, out32 = out.view("<u2"), out.view("<u4")
     per_package = layout.package_channels // 8
     for package in range(layout.packages):

@@ -6,7 +6,7 @@ turned into that order. Only activation order (columns move) and `--requant` unp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ from edgetool.checkpoints.detect import QuantizationFound, module_format, read_l
 from edgetool.checkpoints.packing import pack_rows
 from edgetool.checkpoints.requant import RoundingError, requantize
 from edgetool.checkpoints.rounding import MIDDLE, round_symmetric
-from edgetool.checkpoints.tensor_file import to_float32
+from edgetool.checkpoints.scratch import Scratch
+from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, read_tensor, to_float32
 from edgetool.errors import BadInput
 from edgetool.fpga.halves import Losses, refuse_not_finite, to_half
 from edgetool.fpga.hardware import align_up
@@ -29,6 +30,7 @@ from edgetool.fpga.model import Linear
 
 Array = npt.NDArray[Any]
 
+_PIECE_WEIGHTS = 1 << 17
 _BLOCK_BYTES = 1 << 22
 """Port bytes made at a time: they and their source stay near the caches, and memory does not grow with the matrix."""
 
@@ -49,6 +51,7 @@ class Jobs:
     encoding: str
     losses: Losses
     rounded: Rounded
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 class Matrix(Protocol):
@@ -61,7 +64,10 @@ class Matrix(Protocol):
     def layout(self) -> MatrixLayout: ...
 
     def blocks(self, jobs: Jobs) -> Iterator[Array]:
-        """Port bytes, uint8 [32, rows, row_bytes], of consecutive local rows; always cut at the same places."""
+        """Port bytes, uint8 [32, rows, row_bytes], of consecutive local rows; always cut at the same places.
+
+        A block is good until the next one is asked for.
+        """
 
 
 def rows_per_block(layout: MatrixLayout) -> int:
@@ -85,12 +91,14 @@ class PackedMatrix:
     def blocks(self, jobs: Jobs) -> Iterator[Array]:
         words, scales, offsets = self._open(jobs)
         step = rows_per_block(self.layout)
+        block = None
         for start in range(0, self.layout.n, step):
             rows: Any = slice(start, min(start + step, self.layout.n))
             if self.row_order is not None:
                 rows = self.row_order[rows]
             part = None if offsets is None else offsets[rows]
-            yield pack_int4(words[rows], scales[rows], part, self.layout, jobs.encoding)
+            block = pack_int4(words[rows], scales[rows], part, self.layout, jobs.encoding, block)
+            yield block
 
     def _open(self, jobs: Jobs) -> tuple[Array, Array, Array | None]:
         """Words uint32 [n, ceil(k / 8)], scales float16 [n, groups] and offsets alike or None, of this linear alone."""
@@ -101,7 +109,7 @@ class PackedMatrix:
             whole = read_linear(jobs.checkpoint, module, jobs.found)
             words = pack_rows(whole.codes[mine][:, self.column_order], 4)
         else:
-            whole, words = _read_words(jobs.checkpoint, jobs.found, module)
+            whole, words = _read_words(jobs.checkpoint, jobs.found, module, jobs.scratch)
             words = words[mine]
         scales = to_half(
             np.ascontiguousarray(whole.scales[mine]),
@@ -126,19 +134,42 @@ class RoundedMatrix:
     layout: MatrixLayout
 
     def blocks(self, jobs: Jobs) -> Iterator[Array]:
+        source = _weight_source(jobs, self.linear)
+        layout, block = self.layout, None
+        step = rows_per_block(layout)
+        codes = np.empty((step, layout.k), dtype=np.uint8)
+        scales = np.empty((step, layout.groups), dtype=np.float16)
         count, largest, errors, squares = 0, 0.0, 0.0, 0.0
-        for weights, origin in _weight_rows(jobs, self.linear, rows_per_block(self.layout)):
-            codes, scales = rounded(weights, self.layout.group, jobs.encoding, origin, self.linear.module)
-            steps = codes.astype(np.float32)
-            steps -= MIDDLE
-            steps *= np.repeat(scales.astype(np.float32), self.layout.group, axis=1)[:, : self.layout.k]
-            steps -= weights
-            count += weights.size
-            largest = max(largest, float(np.abs(steps).max()))
-            errors += float(np.vdot(steps, steps))
-            squares += float(np.vdot(weights, weights))
-            yield pack_int4(pack_rows(codes, 4).view(np.uint32), scales, None, self.layout, jobs.encoding)
+        for start in range(0, self.linear.n, step):
+            rows = min(step, self.linear.n - start)
+            # in pieces that stay in the cache
+            piece = max(1, _PIECE_WEIGHTS // layout.k)
+            for first in range(0, rows, piece):
+                here = slice(first, min(first + piece, rows))
+                weights, origin = source(start + here.start, start + here.stop)
+                codes[here], scales[here] = rounded(weights, layout.group, jobs.encoding, origin, self.linear.module)
+                moved = _values(codes[here], scales[here], layout)
+                moved -= weights
+                count += weights.size
+                largest = max(largest, float(np.abs(moved).max()))
+                errors += float(np.vdot(moved, moved))
+                squares += float(np.vdot(weights, weights))
+            words = pack_rows(codes[:rows], 4).view(np.uint32)
+            block = pack_int4(words, scales[:rows], None, layout, jobs.encoding, block)
+            yield block
         jobs.rounded.by_name[self.linear.name] = RoundingError(count, largest, errors, squares)
+
+
+def _values(codes: Array, scales: Array, layout: MatrixLayout) -> Array:
+    """float32 [rows, k]: scale * (code - 8)."""
+    values = codes.astype(np.float32)
+    values -= MIDDLE
+    if layout.k % layout.group:
+        values *= np.repeat(scales.astype(np.float32), layout.group, axis=1)[:, : layout.k]
+    else:
+        grouped = values.reshape(len(codes), layout.groups, layout.group)
+        grouped *= scales.astype(np.float32)[:, :, None]
+    return values
 
 
 def rounded(
@@ -181,35 +212,50 @@ def _row_ranges(linear: Linear, step: int) -> Iterator[Array]:
         yield np.arange(first, min(first + step, stop))
 
 
-def _weight_rows(jobs: Jobs, linear: Linear, step: int) -> Iterator[tuple[Array, QuantizedLinear | None]]:
-    """float32 [rows, k], consecutive rows of the linear as stored or dequantised; these also as they are quantised."""
+def _weight_source(jobs: Jobs, linear: Linear) -> Callable[[int, int], tuple[Array, QuantizedLinear | None]]:
+    """A function of (first, last + 1) row of the linear: float32 [rows, k] as stored or dequantised.
+
+    Dequantised rows come with what they are dequantised from.
+    """
     name = f"{linear.module}.weight"
     if jobs.found is not None and linear.module in jobs.found.layouts:
         whole = read_linear(jobs.checkpoint, linear.module, jobs.found)
-        for rows in _row_ranges(linear, step):
-            here = slice(int(rows[0]), int(rows[-1]) + 1)
-            part = replace(whole, codes=whole.codes[here], scales=whole.scales[here], zeros=whole.zeros[here])
-            yield part.dequantize(), part
-        return
+
+        def dequantized(first: int, last: int) -> tuple[Array, QuantizedLinear | None]:
+            rows = slice(linear.start + first, linear.start + last)
+            part = replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zeros=whole.zeros[rows])
+            return part.dequantize(), part
+
+        return dequantized
     info = jobs.checkpoint.tensors[name]
-    for rows in _row_ranges(linear, step):
+
+    def stored(first: int, last: int) -> tuple[Array, QuantizedLinear | None]:
+        rows = np.arange(linear.start + first, linear.start + last)
         weights = to_float32(jobs.checkpoint.read_rows(name, rows), info.dtype)
         refuse_not_finite(weights, name)
-        yield weights, None
+        return weights, None
+
+    return stored
 
 
-def _read_words(checkpoint: Checkpoint, found: QuantizationFound, module: str) -> tuple[QuantizedLinear, Array]:
-    """A layer of 4 bits without its codes, and these as int32 [out_features, ceil(in_features / 8)], maybe a view."""
+def _read_words(
+    checkpoint: Checkpoint, found: QuantizationFound, module: str, scratch: Scratch
+) -> tuple[QuantizedLinear, Array]:
+    """A layer of 4 bits without its codes, and these as int32 [out_features, ceil(in_features / 8)], maybe a view.
+
+    They lie in `scratch`, good until the thread's next call.
+    """
     entry, _ = module_format(found, module)
     rest = read_rest(checkpoint, module, found)
-    packed = checkpoint.read(f"{module}.{entry.suffixes[0]}")
+    info = checkpoint.tensors[f"{module}.{entry.suffixes[0]}"]
+    packed = read_tensor(info, scratch.empty("packed", info.shape, NUMPY_DTYPES[info.dtype]))
     if entry.name == "compressed-tensors":
         return rest, packed
     if entry.name != "awq":
         return rest, packed.T
     if rest.in_features % 8:
         return rest, pack_rows(read_linear(checkpoint, module, found).codes, 4)
-    words = np.empty((rest.out_features, rest.in_features // 8), dtype=np.int32)
+    words = scratch.empty("words", (rest.out_features, rest.in_features // 8), np.int32)
     from_awq(packed, words.T)
     return rest, words
 
@@ -217,7 +263,7 @@ def _read_words(checkpoint: Checkpoint, found: QuantizationFound, module: str) -
 def unrepresentable(matrix: PackedMatrix, checkpoint: Checkpoint, found: QuantizationFound) -> int:
     """How many weights of a packed matrix are -8."""
     linear = matrix.linear
-    _, words = _read_words(checkpoint, found, linear.module)
+    _, words = _read_words(checkpoint, found, linear.module, Scratch())
     count = 0
     for rows in _row_ranges(linear, rows_per_block(matrix.layout)):
         count += count_unrepresentable(words[rows[0] : rows[-1] + 1], linear.k)

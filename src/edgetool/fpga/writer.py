@@ -199,7 +199,8 @@ class _Matrices:
                     raise Stopped("stopped on request")
                 for files, start in places:
                     put(files, start + offset, block)
-                crc = zlib.crc32(block.data, crc)
+                for port in block:
+                    crc = zlib.crc32(port.data, crc)
                 offset += block.shape[1] * block.shape[2]
         error = work.rounded.by_name.get(matrix.linear.name)
         return {"crc32": crc, "losses": work.losses.to_dict(), "rounded": None if error is None else asdict(error)}

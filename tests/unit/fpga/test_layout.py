@@ -93,6 +93,16 @@ def test_a_transposed_view_of_words_gives_the_same_bytes() -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [64, 40, 33])
+def test_memory_that_is_used_again_leaves_no_trace(rows: int) -> None:
+    weights, scales, offsets = draw(10, 64, 300, 32)
+    layout = MatrixLayout(64, 300, 32, zeros=True)
+    used = pack_int4(words_of(weights), scales, offsets, layout, "twos")
+    weights, scales, offsets = (array[:rows] for array in draw(11, 64, 300, 32))
+    again = pack_int4(words_of(weights), scales, offsets, layout, "twos", used)
+    assert [port.tobytes() for port in again] == naive_board.ports_of(weights, scales, 32, "twos", offsets)
+
+
 def test_blocks_of_rows_are_parts_of_the_whole() -> None:
     weights, scales, _ = draw(6, 100, 300, 32)
     words, layout = words_of(weights), MatrixLayout(100, 300, 32)
