@@ -18,9 +18,10 @@ from edgetool.fpga.scalar_reader import ScalarReader
 class Runner:
     """One sequence through the image at `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: Any = np.float64) -> None:
         self.image = Image.open(directory)
         self.program = self.image.program
+        self._dtype = dtype
         self._ports = [np.asarray(self.image.port(pc)) for pc in range(32)]
         self._weights: dict[str, np.ndarray] = {}
         self.cache: dict[tuple[int, str], np.ndarray] = {}
@@ -41,15 +42,15 @@ class Runner:
         return self.buffers["logits"][-1]
 
     def weight(self, name: str) -> np.ndarray:
-        """float64 [N, K] of a matrix in HBM."""
+        """[N, K] of a matrix in HBM, in this runner's dtype."""
         if name not in self._weights:
             record = self.image.tensors[name]
             reader, rows = ScalarReader(self._ports, record, self.image.encoding), np.arange(record["N"])
             if not record["group"]:
-                self._weights[name] = reader.halves(rows).astype(np.float64)
+                self._weights[name] = reader.halves(rows).astype(self._dtype)
             else:
                 scales, offsets = (
-                    np.repeat(x.astype(np.float64), record["group"], axis=1) for x in reader.scales(rows)
+                    np.repeat(x.astype(self._dtype), record["group"], axis=1) for x in reader.scales(rows)
                 )
                 wide = reader.codes(rows) * scales[:, : record["K"]] + offsets[:, : record["K"]]
                 self._weights[name] = wide
