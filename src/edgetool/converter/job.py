@@ -93,13 +93,22 @@ class _Run:
     def document(self) -> dict[str, Any]:
         """Do everything; returns the result."""
         with self.out:
-            with disk_errors(self.out.partial):
-                ledger = RunLedger.open(self.out.partial / LEDGER_NAME, self._identity())
+            ledger = self._ledger()
             if self.opened.requantized is not None:
                 for record in ledger.having("requantized"):
                     self.opened.requantized.restore(record["requantized"])
             with _kept_only_if_useful(self.out), stop_requests() as stop, FileHashes(_threads(self.config)) as hashes:
                 return self._finished(ledger, stop, hashes)
+
+    def _ledger(self) -> RunLedger:
+        fresh = not any(self.out.partial.iterdir())
+        try:
+            with disk_errors(self.out.partial):
+                return RunLedger.open(self.out.partial / LEDGER_NAME, self._identity())
+        except BaseException:
+            if fresh:  # else it is another run's, which may still be gone on with
+                self.out.discard()
+            raise
 
     def _finished(self, ledger: RunLedger, stop: threading.Event, hashes: FileHashes) -> dict[str, Any]:
         source, resolved, rounded = self.opened.source, self.opened.resolved, self.opened.requantized
