@@ -28,6 +28,7 @@ from edgetool.progress import Progress
 from edgetool.runs import FileHashes, free_disk_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 SCHEMA = "edgetool.convert/1"
+_MOST_THREADS = 8  # moving words is a matter of memory and disk, and each thread keeps some memory
 LEDGER_NAME = "ledger.jsonl"
 
 _NOT_IDENTITY = {"source", "output", "verify", "resume", "overwrite", "dry_run", "revision", "threads"}
@@ -76,7 +77,7 @@ def _converted(
 
 
 def _threads(config: ConvertConfig) -> int:
-    return config.threads or len(os.sched_getaffinity(0))
+    return config.threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 @dataclass(frozen=True)
