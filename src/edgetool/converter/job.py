@@ -207,6 +207,7 @@ class _Run:
             ),
             sample=self.config.verify == "sample",
             threads=_threads(self.config),
+            stop_requested=stop.is_set,
             progress=self.progress,
         )
 
