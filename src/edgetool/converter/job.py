@@ -174,7 +174,7 @@ class _Run:
                 ledger,
                 threads=_threads(self.config),
                 stop_requested=stop.is_set,
-                finished=hashes.add,
+                written=hashes.add,
                 remembered=self._remembered,
                 progress=self.progress,
             )
