@@ -219,7 +219,7 @@ class ConvertConfig(Section):
         5 * 10**9, "largest weight file", "a size such as 5GB or 512MiB", option="--max-shard-size"
     )
     revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
-    threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
+    threads: Count | None = setting(None, "CPU threads (default: one per core, at most 8)", "a number of at least 1")
     resume: bool = setting(False, "go on with an unfinished run of the same configuration", "true or false")
     overwrite: bool = setting(False, "replace an existing output", "true or false")
     dry_run: bool = setting(False, "show the plan and write nothing", "true or false")

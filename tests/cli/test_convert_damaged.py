@@ -447,6 +447,22 @@ def test_a_writer_that_loses_a_bit_is_found_out_by_verification_alone(
     assert (document["verify"], document["tensors_compared"], document["tensors_equal"]) == ("none", 0, 0)
 
 
+@pytest.mark.parametrize("direction", ["into", "out of"])
+def test_a_nibble_order_that_reader_and_writer_both_have_wrong_is_found_out(
+    convert: Convert, layers: dict[str, Layer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """A round trip through edgetool's own code would be perfect; the plain reader has the order from elsewhere."""
+    from edgetool.checkpoints import awq_format, awq_words
+
+    kind, target = ("gptq", "awq") if direction == "into" else ("awq", "gptq")
+    model = make_checkpoint(tmp_path / "model", layers, kind)
+    assert convert(model, tmp_path / "right", "--to", target).exit_code == 0
+    for module in (awq_words, awq_format):
+        monkeypatch.setattr(module, "ORDER", (0, 1, 2, 3, 4, 5, 6, 7))
+    failed(convert(model, tmp_path / "out", "--to", target), 8, "VerificationFailed", "is wrong", "must be")
+    nothing_left(tmp_path / "out")
+
+
 def test_a_source_that_changes_while_it_is_converted_is_found_out(
     convert: Convert, model: Path, meddle: Callable[..., None]
 ) -> None:

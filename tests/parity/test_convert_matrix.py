@@ -397,7 +397,7 @@ def test_any_linear_in_any_format_is_converted_by_the_rules(
     bits = 4 if kind == "awq" else data.draw(st.sampled_from([2, 3, 4, 8]))
     step = {"awq": 8, "compressed-tensors": 1}.get(kind, {2: 16, 3: 32, 4: 8, 8: 4}[bits])
     out_features = data.draw(st.integers(2, 6)) * step
-    size = data.draw(st.sampled_from([16, 32, 96]))
+    size = data.draw(st.sampled_from([32, 48, 96]))  # fewer channels fill as many words with 3 bits as with 4
     n_groups = data.draw(st.integers(1, 3))
     scatter = kind != "awq" and n_groups > 1 and data.draw(st.booleans())
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))

@@ -119,7 +119,8 @@ def refusal(linear: QuantizedLinear) -> str | None:
 def quantization_config(*, group_size: int, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
     """`quantization_config` of config.json with the keys of autoawq 0.2.9, which vLLM 0.32 and transformers 5 read.
 
-    zero_point is always true: symmetric layers are stored with zeros of 8, since readers expect the tensor.
+    zero_point is always true: symmetric layers are stored with zeros of 8, since readers expect the tensor. Without
+    lm_head among `ignore`, vLLM is told that it is quantised too (autoawq and transformers have no word for that).
     """
     # vLLM looks for a name anywhere in a module's, transformers at its start or end: parts go by two names
     names = [full for name in ignore for full in ((name,) if name == "lm_head" else (name, f"model.{name}"))]
@@ -130,6 +131,7 @@ def quantization_config(*, group_size: int, ignore: Sequence[str] = ("lm_head",)
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": names or None,
+        **({} if "lm_head" in ignore else {"lm_head": True}),
     }
 
 

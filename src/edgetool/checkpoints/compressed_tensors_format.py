@@ -163,7 +163,8 @@ def quantization_config(
         "block_structure": None,
     }
     group = {
-        "targets": ["Linear"],
+        # to vLLM an lm_head is no Linear
+        "targets": ["Linear"] if "lm_head" in ignore else ["Linear", r"re:(.*\.)?lm_head$"],
         "weights": weights,
         "input_activations": None,
         "output_activations": None,

@@ -53,7 +53,9 @@ def convert(
     max_shard_size_bytes: Annotated[
         str | None, Option("--max-shard-size", metavar="SIZE", help="Largest weight file [default: 5GB].")
     ] = None,
-    threads: o.Threads = None,
+    threads: Annotated[
+        int | None, Option("--threads", metavar="N", help="CPU threads [default: one per core, at most 8].")
+    ] = None,
     revision: o.Revision = None,
     resume: o.Resume = None,
     overwrite: o.Overwrite = None,

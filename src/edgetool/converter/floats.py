@@ -19,6 +19,7 @@ DTYPE_OF = {name: dtype for dtype, name in FLOAT_NAMES.items() if name in ("fp16
 """fp16 -> F16, bf16 -> BF16: the targets that are not quantised."""
 
 
+_TABLES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
@@ -31,9 +32,12 @@ class Misfit:
     overflowing: int
 
 
-def delivered_dtype(dtype: str, target: str) -> str:
-    """The dtype a tensor gets in a checkpoint of `target` (F16 or BF16): integers and the F8 kinds keep theirs."""
-    return target if dtype in FLOAT_NAMES else dtype
+def delivered_dtype(tensor: PlainTensor, target: str) -> str:
+    """The dtype a tensor gets in a checkpoint of `target` (F16 or BF16).
+
+    Integers and the F8 kinds keep theirs, and so do the tables that old checkpoints hold and programs compute anew.
+    """
+    return target if tensor.dtype in FLOAT_NAMES and not tensor.name.endswith(_TABLES) else tensor.dtype
 
 
 def misfit(tensor: PlainTensor, target: str) -> Misfit:
@@ -52,7 +56,7 @@ def misfit(tensor: PlainTensor, target: str) -> Misfit:
 
 def delivered(tensor: PlainTensor, target: str) -> PlainTensor:
     """The same tensor with its values rounded to `target`; see `misfit` for whether that changes any."""
-    if delivered_dtype(tensor.dtype, target) == tensor.dtype:
+    if delivered_dtype(tensor, target) == tensor.dtype:
         return tensor
 
     def pieces() -> Iterator[Array]:

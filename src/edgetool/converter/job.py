@@ -28,6 +28,7 @@ from edgetool.progress import Progress
 from edgetool.runs import FileHashes, free_disk_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 SCHEMA = "edgetool.convert/1"
+_MOST_THREADS = 8  # moving words is a matter of memory and disk, and each thread keeps some memory
 LEDGER_NAME = "ledger.jsonl"
 
 _NOT_IDENTITY = {"source", "output", "verify", "resume", "overwrite", "dry_run", "revision", "threads"}
@@ -76,7 +77,7 @@ def _converted(
 
 
 def _threads(config: ConvertConfig) -> int:
-    return config.threads or len(os.sched_getaffinity(0))
+    return config.threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,22 @@ class _Run:
     def document(self) -> dict[str, Any]:
         """Do everything; returns the result."""
         with self.out:
-            with disk_errors(self.out.partial):
-                ledger = RunLedger.open(self.out.partial / LEDGER_NAME, self._identity())
+            ledger = self._ledger()
             if self.opened.requantized is not None:
                 for record in ledger.having("requantized"):
                     self.opened.requantized.restore(record["requantized"])
             with _kept_only_if_useful(self.out), stop_requests() as stop, FileHashes(_threads(self.config)) as hashes:
                 return self._finished(ledger, stop, hashes)
+
+    def _ledger(self) -> RunLedger:
+        fresh = not any(self.out.partial.iterdir())
+        try:
+            with disk_errors(self.out.partial):
+                return RunLedger.open(self.out.partial / LEDGER_NAME, self._identity())
+        except BaseException:
+            if fresh:  # else it is another run's, which may still be gone on with
+                self.out.discard()
+            raise
 
     def _finished(self, ledger: RunLedger, stop: threading.Event, hashes: FileHashes) -> dict[str, Any]:
         source, resolved, rounded = self.opened.source, self.opened.resolved, self.opened.requantized
@@ -164,7 +174,7 @@ class _Run:
                 ledger,
                 threads=_threads(self.config),
                 stop_requested=stop.is_set,
-                finished=hashes.add,
+                written=hashes.add,
                 remembered=self._remembered,
                 progress=self.progress,
             )
@@ -197,6 +207,7 @@ class _Run:
             ),
             sample=self.config.verify == "sample",
             threads=_threads(self.config),
+            stop_requested=stop.is_set,
             progress=self.progress,
         )
 

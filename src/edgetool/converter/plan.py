@@ -23,6 +23,7 @@ from edgetool.progress import Progress
 if TYPE_CHECKING:
     from edgetool.converter.gguf_target import GgufPlan
 
+_THREADS = 4  # each may hold the codes of one linear, and reading scales is a matter of the disk
 _CHUNK_BYTES = 1 << 24  # what a plain tensor has in memory while it is copied
 
 
@@ -119,7 +120,10 @@ def make_plan(
             refused[name] = refusal
             return None
 
-    with progress.task("plan", len(source.order), "tensor") as task, ThreadPoolExecutor(max(1, threads)) as pool:
+    with (
+        progress.task("plan", len(source.order), "tensor") as task,
+        ThreadPoolExecutor(max(1, min(threads, _THREADS))) as pool,
+    ):
         units: list[Unit | None] = []
         for unit in pool.map(settle, source.order):
             units.append(unit)
@@ -227,7 +231,7 @@ def _plain_unit(source: Source, name: str, target: str, rounding: bool) -> tuple
     tensor = source.plain[name]
     dtype, count = tensor.dtype, 0
     if target in DTYPE_OF:
-        dtype = delivered_dtype(dtype, DTYPE_OF[target])
+        dtype = delivered_dtype(tensor, DTYPE_OF[target])
         if dtype != tensor.dtype:
             lost = misfit(tensor, dtype)
             if lost.overflowing:

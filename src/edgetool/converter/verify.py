@@ -23,7 +23,7 @@ from edgetool.converter.compare import (
     crc32,
 )
 from edgetool.converter.sides import CheckpointSide, Side
-from edgetool.errors import BadInput, VerificationFailed
+from edgetool.errors import BadInput, Stopped, VerificationFailed
 from edgetool.progress import NullProgress, Progress
 
 SAMPLE_EVERY = 8
@@ -84,13 +84,14 @@ def verify(
     *,
     sample: bool = False,
     threads: int = 1,
+    stop_requested: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> Verified:
     """Read `output` again and hold every tensor of it against `source`, as `open_side` reads that.
 
     sample: of the quantised linears only the first, the last and every eighth; of all others everything.
     Raises VerificationFailed naming the first tensor that is wrong and where in it, or what is missing, too much, or
-    said wrongly by config.json; BadInput where the source cannot be read.
+    said wrongly by config.json; BadInput where the source cannot be read; Stopped when a stop was requested.
     """
     with _blaming_output():
         made = _opened(output, meant)
@@ -103,6 +104,8 @@ def verify(
             for result in pool.map(lambda work: work(), tasks):
                 results += result
                 task.advance()
+                if stop_requested():
+                    raise Stopped("stopped on request: everything is written and not yet verified")
     finally:
         pool.shutdown(cancel_futures=True)
     verified = Verified(len(results), sum(wrong is None for _, wrong in results))

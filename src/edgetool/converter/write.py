@@ -54,13 +54,14 @@ def write_weights(
     *,
     threads: int,
     stop_requested: Callable[[], bool],
-    finished: Callable[[Path], None],
+    written: Callable[[Path], None],
     remembered: Callable[[Sequence[str]], Mapping[str, Any]],
     progress: Progress,
 ) -> None:
     """Write the shards that `ledger` does not name, and the index.
 
-    finished: told every shard's file. remembered(names): what the ledger has to keep about these tensors.
+    written: told every shard's file, as soon as its content is complete. remembered(names): what the ledger has to
+    keep about these tensors.
 
     Raises Abandoned when a stop is requested, with the shard at hand removed; BadInput for damage in the source.
     """
@@ -74,12 +75,15 @@ def write_weights(
             path = directory / file_name
             if file_name not in done:
                 entries = [entry for unit in units for entry in unit.entries]
-                with TensorFileWriter(path, entries) as writer, _Workers(threads, stop_requested) as workers:
-                    for unit in units:
-                        workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer, scratch))
-                        task.advance(unit.nbytes)
+                with TensorFileWriter(path, entries) as writer:
+                    with _Workers(threads, stop_requested) as workers:
+                        for unit in units:
+                            workers.do(unit.work_bytes, partial(_write_unit, source, plan, unit, writer, scratch))
+                            task.advance(unit.nbytes)
+                    written(path)  # before it is flushed to the disk, which takes as long as hashing it
                 ledger.append({"shard": file_name, **remembered([unit.name for unit in units])})
-            finished(path)
+            else:
+                written(path)
         write_index(
             directory,
             [(name, [entry[0] for unit in units for entry in unit.entries]) for name, units in shards],

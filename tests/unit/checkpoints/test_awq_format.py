@@ -67,3 +67,9 @@ def test_tensors_that_do_not_fit_together_are_refused(suffix, array, message):
 def test_a_group_size_that_contradicts_the_number_of_groups_is_refused():
     with pytest.raises(BadInput, match="3 groups for in_features 96 and group_size 64"):
         awq_format.read(stored, group_size=64)
+
+
+def test_a_quantised_lm_head_is_said_to_be_one():
+    # without the key vLLM 0.32 looks for lm_head.weight and fails
+    assert awq_format.quantization_config(group_size=64, ignore=[])["lm_head"] is True
+    assert "lm_head" not in awq_format.quantization_config(group_size=64, ignore=["lm_head"])

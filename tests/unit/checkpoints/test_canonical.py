@@ -44,6 +44,13 @@ def test_narrow_output_is_rounded_once_from_the_float32_product(kind, bits):
     assert np.array_equal(bfloat16, float32_to_bfloat16(layer.dequantize()))
 
 
+def test_rows_of_a_layer_are_a_layer_of_views():
+    part = linear.rows(2, 5)
+    part.validate()
+    assert np.array_equal(part.dequantize(), formula(linear)[2:5])
+    assert np.shares_memory(part.codes, linear.codes) and linear.rows(4, 100).out_features == 2
+
+
 def test_output_may_be_a_strided_view():
     wide = np.zeros((6, 128), dtype=np.float16)
     linear.dequantize(wide[:, ::2])

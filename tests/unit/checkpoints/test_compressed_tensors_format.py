@@ -145,3 +145,16 @@ def test_config_names_the_strategy_of_its_group_size():
     channel = compressed_tensors_format.quantization_config(bits=8, group_size=-1, sym=False)
     weights = channel["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"], weights["num_bits"]) == ("channel", None, 8)
+
+
+def test_a_quantised_lm_head_is_a_target_of_its_own():
+    # vLLM 0.32 does not take its lm_head for a Linear, and looks for lm_head.weight otherwise
+    def targets(ignore):
+        config = compressed_tensors_format.quantization_config(bits=4, group_size=64, sym=True, ignore=ignore)
+        return config["config_groups"]["group_0"]["targets"]
+
+    assert targets(["lm_head"]) == ["Linear"]
+    name, pattern = targets([])
+    assert (name, pattern[:3]) == ("Linear", "re:")
+    assert re.match(pattern[3:], "lm_head") and re.match(pattern[3:], "language_model.lm_head")
+    assert not re.match(pattern[3:], "model.lm_head_norm")

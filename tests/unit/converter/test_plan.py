@@ -139,6 +139,15 @@ def test_whole_numbers_and_unquantised_targets_leave_integers_alone(tmp_path: Pa
     assert entries["model.steps"] == "I64"
 
 
+def test_tables_that_programs_compute_anew_keep_their_dtype(tmp_path: Path) -> None:
+    layers = random_layers(layers=1)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    others = other_tensors(layers) | {name: np.float32(1) / np.arange(1, 9, dtype=np.float32)}
+    path = make_checkpoint(tmp_path / "c", layers, "gptq", others=others)
+    entries = {name: dtype for unit in plan(path, "fp16").units for name, dtype, _ in unit.entries}
+    assert entries[name] == "F32"
+
+
 def test_a_name_that_would_be_written_twice_is_refused(tmp_path: Path) -> None:
     layers = random_layers(layers=1, sym=True)
     others = other_tensors(layers) | {f"{UP}.weight": np.zeros((3, 3), np.float16)}

@@ -14,7 +14,7 @@ import pytest
 
 from edgetool.converter.compare import Order
 from edgetool.converter.verify import Meant, Verified, open_side, verify
-from edgetool.errors import BadInput, VerificationFailed
+from edgetool.errors import BadInput, Stopped, VerificationFailed
 from tests.fakes.packed_checkpoints import (
     Layer,
     bfloat16,
@@ -46,11 +46,13 @@ class Pair:
         options = {"torch_dtype": torch_dtype} | output
         self.output = make_checkpoint(directory / "output", made or layers, target, **options)
 
-    def verify(self, sample: bool = False, threads: int = 1, **meant: Any) -> Verified:
+    def verify(
+        self, sample: bool = False, threads: int = 1, stop: Callable[[], bool] = lambda: False, **meant: Any
+    ) -> Verified:
         sizes = {name: (layer.bits, layer.group_size) for name, layer in self.layers.items()}
         source = open_side(self.source, self.kind, sizes)
         wanted = Meant(self.target, {} if self.target in FLOATS else sizes, **meant)
-        return verify(source, self.output, wanted, sample=sample, threads=threads)
+        return verify(source, self.output, wanted, sample=sample, threads=threads, stop_requested=stop)
 
     def fails(self, *words: str, **options: Any) -> VerificationFailed:
         with pytest.raises(VerificationFailed) as caught:
@@ -500,3 +502,11 @@ def test_linears_that_were_rounded_again_hold_the_weights_that_were_meant(pair: 
     for target in PACKED:
         assert pair("gptq", target, given=layers, made=made).verify(crc32=meant).equal > 0
         pair("gptq", target, given=layers).fails(UP, "does not hold the weights that were meant", crc32=meant)
+
+
+def test_a_stop_is_heard_between_two_tensors(pair: Make) -> None:
+    made = pair("gptq", "awq")
+    asked = iter([False, False, True])
+    with pytest.raises(Stopped, match="not yet verified"):
+        made.verify(stop=lambda: next(asked))
+    assert next(asked, "nothing more was asked") == "nothing more was asked"

@@ -12,7 +12,6 @@ from edgetool.models.architectures import map_layers
 from edgetool.quantizers import plan as plan_module
 from edgetool.quantizers.job import recipe_of
 from edgetool.quantizers.plan import make_plan
-from edgetool.runs import existing_parent
 from tests.unit.models.reference import stirred_model
 from tests.unit.quantizers.finished import finished_run
 
@@ -131,8 +130,3 @@ def test_too_little_disk_is_refused_naming_the_place(llama, tmp_path, monkeypatc
         plan(llama, tmp_path / "not" / "there" / "yet")
     assert asked == [tmp_path]  # the nearest directory that exists
     assert "--output" in refusal.value.hint
-
-
-def test_the_nearest_existing_directory_is_found(tmp_path):
-    assert existing_parent(tmp_path / "a" / "b") == tmp_path
-    assert existing_parent(tmp_path) == tmp_path
