@@ -55,6 +55,7 @@ test-gpu: $(READY)
 bench: $(READY) env-gptqmodel env-llmcompressor
 	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/compile.py
 
 clean:
 	rm -rf $(VENV) .envs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out out

@@ -3,11 +3,11 @@
     python benchmarks/compile.py                       # makes a checkpoint of 1.2 GB and prints the table
     python benchmarks/compile.py --rows sim warm --repeat 5 --json table.json
 
-The checkpoint is that of benchmarks/convert.py (random codes in the shape of Qwen2.5-7B, some layers of it, GPTQ, a tied
-output matrix that `--lm-head rtn4` rounds). Every command is a child process; start-up, hashing of the input and of the
-image, and flushing to the disk count. Rows and copies take turns, with the files in the page cache and nothing left to be
-flushed. `warm` is the same command again, when the image is there and nothing has changed. `reference` packs one matrix
-weight by weight in plain Python, and is scaled to the whole. No test asserts any of this.
+The checkpoint is that of benchmarks/convert.py: random codes in the shape of Qwen2.5-7B, some layers of it, GPTQ, and a
+tied output matrix that `--lm-head rtn4` rounds. Every command is a child process; start-up, hashing of the input and of
+the image, and flushing to the disk count. Rows and copies take turns, with the files in the page cache and nothing left
+to be flushed. `warm` is the same command again, when the image is there and nothing has changed. `reference` packs one
+matrix weight by weight in plain Python, and is scaled to the whole. No test asserts any of this.
 """
 
 from __future__ import annotations

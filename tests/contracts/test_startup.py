@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.fakes.quantized_models import make_quantized
 
 HEAVY = ["torch", "transformers", "rich.progress", "huggingface_hub", "gguf", "numpy", "yaml"]
 # pydantic is not on the list: typer itself imports it, where it is installed, as soon as a command is looked up.
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--version"], 0), (["gpus", "--json"], 5), (["--help"], 0), (["quantize", "--help"], 0)]
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["gpus", "--json"], 5),
+        (["--help"], 0),
+        (["quantize", "--help"], 0),
+        (["compile-vcu128", "--help"], 0),
+    ],
 )
 def test_start_imports_nothing_heavy(arguments: list[str], code: int) -> None:
     script = (
@@ -40,3 +50,17 @@ def test_resolving_a_configuration_needs_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ['torch', 'transformers', 'numpy', 'rich', 'typer']))"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_compiling_an_image_needs_no_torch(tmp_path: Path) -> None:
+    made = make_quantized(tmp_path / "q", desc_act=("down",))
+    script = (
+        "import sys\nfrom edgetool.cli import app\n"
+        f"arguments = ['compile-vcu128', {str(made.path)!r}, '-o', {str(tmp_path / 'image')!r}, '--lm-head', 'rtn4']\n"
+        "try:\n    app(arguments)\nexcept SystemExit as leaving:\n"
+        "    assert not leaving.code, leaving.code\n"
+        "sys.exit(any(name in sys.modules for name in ['torch', 'transformers', 'gguf']))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "image" / "manifest.json").is_file()

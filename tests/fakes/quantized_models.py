@@ -18,6 +18,8 @@ from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
 from tests.fakes.packed_checkpoints import write_safetensors
 
+VISION = ("qwen2_vl", "qwen2_5_vl")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -72,7 +74,7 @@ def make_quantized(
     seed: int = 0,
     **config: Any,
 ) -> Made:
-    """Write a checkpoint of `family` (llama, qwen2, qwen3, qwen2_vl, chatglm) into `directory`.
+    """Write a checkpoint of `family` (llama, mistral, qwen2, qwen3, qwen2_vl, qwen2_5_vl, chatglm) into `directory`.
 
     desc_act: roles (q, k, v, o, gate, up, down) in activation order; same_order: those of one stage share it.
     biases: roles with a bias (default: as the family has them). lowest_code: 1 for codes without -8.
@@ -82,7 +84,7 @@ def make_quantized(
     rng = np.random.default_rng(seed)
     document, modules, plain = (_chatglm if family == "chatglm" else _llama)(family, shape, tied, rng)
     if biases is None:
-        biases = ("q", "k", "v") if family in ("qwen2", "qwen2_vl", "chatglm") else ()
+        biases = ("q", "k", "v") if family in ("qwen2", *VISION, "chatglm") else ()
     orders: dict[str, np.ndarray] = {}
     linears: dict[str, QuantizedLinear] = {}
     for module, (roles, rows, width) in modules.items():
@@ -159,7 +161,7 @@ def _llama(family: str, s: Shape, tied: bool, rng: np.random.Generator) -> tuple
     }
     prefix = "model."
     document: dict[str, Any] = dict(text)
-    if family == "qwen2_vl":
+    if family in VISION:
         prefix = "model.language_model."
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
         document = {
@@ -191,7 +193,7 @@ def _llama(family: str, s: Shape, tied: bool, rng: np.random.Generator) -> tuple
     plain[f"{prefix}norm.weight"] = 1 + _normal(rng, (s.hidden,), 0.1)
     if not tied:
         modules["lm_head"] = (("lm_head",), s.vocab, s.hidden)
-    if family == "qwen2_vl":
+    if family in VISION:
         plain["model.visual.blocks.0.mlp.fc1.weight"] = _normal(rng, (8, 8), 0.1)
     return document, modules, plain
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.fakes.quantized_models import Made
+from tests.fakes.quantized_models import VISION, Made
 
 
 def logits(made: Made, ids: list[int], weights: dict[str, np.ndarray]) -> np.ndarray:
@@ -22,10 +22,12 @@ def _transformers(made: Made, ids: list[int], weights: dict[str, np.ndarray]) ->
     import torch
     import transformers as hf
 
-    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen2_vl": "Qwen2"}
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"} | dict.fromkeys(
+        VISION, "Qwen2"
+    )
     text = dict(made.config.get("text_config", made.config)) | {"tie_word_embeddings": False}
     text = {key: value for key, value in text.items() if key not in ("quantization_config", "model_type")}
-    if made.family == "qwen2_vl":  # on text alone its language model is Qwen2's
+    if made.family in VISION:  # on text alone its language model is Qwen2's
         text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config = getattr(hf, f"{names[made.family]}Config")(**text, attn_implementation="eager")
     if any("o_proj.bias" in name for name in made.plain):
@@ -33,7 +35,7 @@ def _transformers(made: Made, ids: list[int], weights: dict[str, np.ndarray]) ->
     if any("mlp" in name and name.endswith("bias") for name in made.plain):
         config.mlp_bias = True
     model: Any = getattr(hf, f"{names[made.family]}ForCausalLM")(config).to(torch.float64).eval()
-    prefix = "model.language_model." if made.family == "qwen2_vl" else "model."
+    prefix = "model.language_model." if made.family in VISION else "model."
     state = {}
     for name in model.state_dict():
         ours = name.replace("model.", prefix, 1) if name.startswith("model.") else name
