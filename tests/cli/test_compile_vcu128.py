@@ -221,6 +221,20 @@ def test_another_output_is_not_replaced_unasked(compile: Compile, model: Made, t
     assert (tmp_path / "image" / "thesis.txt").read_text() == "years of work"
 
 
+def test_settings_come_from_a_file_and_from_the_environment(
+    compile: Compile, model: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[compile_vcu128]\nlm_head = "rtn4"\nmax_context = 64\n')
+    monkeypatch.setenv("EDGETOOL_COMPILE_VCU128_MAX_CONTEXT", "32")
+    found = document(compile(model.path, "-o", tmp_path / "image", "--config", recipe, "--dry-run", "--json"))
+    assert found["plan"]["max_context"] == 32
+    shown = compile(model.path, "--config", recipe, "--show-config")
+    assert 'lm_head = "rtn4"' in shown.stdout and "max_context = 32" in shown.stdout
+    monkeypatch.setenv("EDGETOOL_COMPILE_VCU128_PROFIL", "sim")
+    assert "EDGETOOL_COMPILE_VCU128_PROFILE?" in document(compile(model.path, "--json"), 3)["hint"]
+
+
 # --- tools for images
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgetool.checkpoints.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.formats import FORMATS, Spec
 from tests.fakes.packed_checkpoints import write_safetensors
@@ -70,6 +71,7 @@ def make_quantized(
     tied: bool = False,
     quantized_head: bool = False,
     scale_dtype: str = "F16",
+    plain_dtype: str = "F16",
     lowest_code: int = 0,
     seed: int = 0,
     **config: Any,
@@ -101,6 +103,9 @@ def make_quantized(
         if set(roles) & set(biases):
             plain[f"{module}.bias"] = _normal(rng, (rows,), 0.1)
     tensors = dict(plain)
+    if plain_dtype == "BF16":
+        tensors = {name: float32_to_bfloat16(array) for name, array in plain.items()}
+        plain = {name: bfloat16_to_float32(array) for name, array in tensors.items()}
     spec = Spec(bits, group_size, sym, bool(desc_act))
     for module, linear in linears.items():
         tensors |= {

@@ -104,13 +104,11 @@ def write_all(
                 sinks.append(stack.enter_context(contextlib.closing(image)))
             if emit.tree:
                 sinks.append(TreeSink(directory))
+            # beside the matrices: copying keeps one core busy where packing leaves it idle
+            beside = stack.enter_context(ThreadPoolExecutor(1))
+            rest = beside.submit(_write_the_rest, draft, work, directory, emit, stop)
             written.resumed = _Matrices(draft, work, sinks, threads, ledger, stop).write(progress)
-        if emit.tree:
-            _write_tree_constants(draft, work, directory)
-        if emit.image:
-            _write_ddr(draft, work, directory)
-            _write_embedding(draft, work, directory, stop, progress)
-            _copy_tokenizer(draft, directory)
+            rest.result()
         progress.note("hashing what was written")
         written.files = _hashes(directory, threads)
         if emit.image:
@@ -224,6 +222,16 @@ class _Matrices:
         return True
 
 
+def _write_the_rest(draft: Draft, work: Jobs, directory: Path, emit: Emit, stop: threading.Event) -> None:
+    """Everything but matrices and documents."""
+    if emit.tree:
+        _write_tree_constants(draft, work, directory)
+    if emit.image:
+        _write_ddr(draft, work, directory)
+        _write_embedding(draft, work, directory, stop)
+        _copy_tokenizer(draft, directory)
+
+
 def _write_ddr(draft: Draft, work: Jobs, directory: Path) -> None:
     path = directory / DDR_NAME
     with path.open("wb") as file:
@@ -251,16 +259,15 @@ def _write_tree_constants(draft: Draft, work: Jobs, directory: Path) -> None:
         (directory / name).write_bytes(_little(draft.constant(constant, work)))
 
 
-def _write_embedding(draft: Draft, work: Jobs, directory: Path, stop: threading.Event, progress: Progress) -> None:
+def _write_embedding(draft: Draft, work: Jobs, directory: Path, stop: threading.Event) -> None:
     name = draft.model.embedding
     info = work.checkpoint.tensors[name]
     (directory / EMBEDDING_NAME).parent.mkdir(exist_ok=True)
-    with (directory / EMBEDDING_NAME).open("wb") as file, progress.task("embedding", info.nbytes, "B") as task:
+    with (directory / EMBEDDING_NAME).open("wb") as file:
         for chunk in iter_chunks(info, 1 << 22):
             if stop.is_set():
                 raise Stopped("stopped on request after the matrices, all kept")
-            file.write(_little(to_half(chunk, info.dtype, name, work.losses)))
-            task.advance(chunk.nbytes)
+            file.write(np.ascontiguousarray(to_half(chunk, info.dtype, name, work.losses), "<f2").data)
 
 
 def _copy_tokenizer(draft: Draft, directory: Path) -> None:

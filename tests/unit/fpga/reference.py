@@ -22,9 +22,8 @@ def _transformers(made: Made, ids: list[int], weights: dict[str, np.ndarray]) ->
     import torch
     import transformers as hf
 
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"} | dict.fromkeys(
-        VISION, "Qwen2"
-    )
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    names |= dict.fromkeys(VISION, "Qwen2")
     text = dict(made.config.get("text_config", made.config)) | {"tie_word_embeddings": False}
     text = {key: value for key, value in text.items() if key not in ("quantization_config", "model_type")}
     if made.family in VISION:  # on text alone its language model is Qwen2's

@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"format": "compressed-tensors", "scale_dtype": "F32", "group_size": 64},
         {},
     ),
+    "bf16": ("qwen2", {"plain_dtype": "BF16", "tied": True}, {}),
     "rounded again": ("llama", {"format": "awq", "sym": False}, {"requant": "sym", "group_size": 64}),
 }
 

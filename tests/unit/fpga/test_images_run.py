@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, tied": ("llama", {"tied": True}, {}),
     "llama, every bias": ("llama", {"biases": ("q", "k", "v", "o", "gate", "up", "down"), "desc_act": ("down",)}, {}),
     "llama, head of fp16": ("llama", {}, {"lm_head": "fp16"}),
+    "llama, bf16": ("llama", {"plain_dtype": "BF16", "desc_act": ("down",)}, {"lm_head": "fp16"}),
     "llama, quantised head": ("llama", {"quantized_head": True}, {"lm_head": None}),
     "llama, asymmetric awq": ("llama", {"format": "awq", "sym": False}, {}),
     "llama, asymmetric gptq_v2": ("llama", {"format": "gptq_v2", "sym": False}, {}),

@@ -217,3 +217,9 @@ def test_positions_beyond_the_training_are_warned_about(tmp_path: Path) -> None:
 def test_a_chatglm_of_another_kind_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     message, _ = refused(make_quantized(tmp_path / "q", "chatglm", **config))
     assert words in message
+
+
+def test_the_first_chatglm_is_another_architecture(tmp_path: Path) -> None:
+    made = make_quantized(tmp_path / "q", "llama", model_type="chatglm")
+    message, _ = refused(made)
+    assert "only ChatGLM2 and ChatGLM3" in message

@@ -263,3 +263,32 @@ def test_rounding_again_ends_where_convert_ends(tmp_path: Path) -> None:
     rows = np.arange(192)
     assert np.array_equal(reader.codes(rows), whole.codes.astype(np.int8) - 8)
     assert np.array_equal(reader.scales(rows)[0], whole.scales)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr("edgetool.fpga.weights._BLOCK_BYTES", 1 << 16)
+    peaks = []
+    for layers in (2, 12):
+        shape = Shape(layers, hidden=256, ffn=1024, heads=2, kv_heads=1, head_dim=128, vocab=4096)
+        made = make_quantized(tmp_path / f"q{layers}", "llama", shape=shape, group_size=128)
+        largest = max(path.stat().st_size for path in made.path.iterdir())
+        tracemalloc.start()
+        compile_into(made.path, tmp_path / f"image{layers}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert largest > 5e6
+    # 10 layers more are 4.5 MB more of codes; the plan itself takes some KB a layer
+    assert peaks[1] - peaks[0] < 0.5e6
+
+
+def test_what_fp16_cannot_hold_of_scales_is_reported(tmp_path: Path) -> None:
+    made = make_quantized(tmp_path / "q", "llama", format="compressed-tensors", scale_dtype="F32", group_size=64)
+    result = compile_into(made.path, tmp_path / "image")
+    losses = {record["tensor"]: record for record in result["fp16_losses"]}
+    assert set(losses) == {f"{module}.scales" for module in made.linears}
+    for module, linear in made.linears.items():
+        exact = linear.scales.astype(np.float16).astype(np.float32) == linear.scales
+        assert losses[f"{module}.scales"]["changed"] == int((~exact).sum())
+        assert losses[f"{module}.scales"]["largest_relative_change"] < 2.0**-11
