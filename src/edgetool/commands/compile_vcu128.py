@@ -111,7 +111,11 @@ def blocks(result: dict[str, Any]) -> list[Block]:
     segments, tensors = shown.pop("segments", []), shown.pop("tensors", [])
     if hbm:
         shown["hbm_per_pc_bytes"] = max(hbm)
+    roles = shown.pop("read_bytes_by_role", None) or memory.pop("read_bytes_by_role", None)
     tables = _blocks.report(title, shown)
+    if roles:
+        rows = [{"matrices": role, "bytes read for a token": f"{size:,}"} for role, size in roles.items()]
+        tables.append(_blocks.grid("", rows))
     if memory:
         tables.append(_blocks.facts("memory", memory))
     if tensors:

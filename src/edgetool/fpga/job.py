@@ -19,14 +19,14 @@ from edgetool.errors import BadInput, ConfigError, Stopped, UsageError, Verifica
 from edgetool.fpga.compiler import compile_plan
 from edgetool.fpga.halves import Losses
 from edgetool.fpga.record import hash_source, identity_of, make_record, record_of
-from edgetool.fpga.results import plan_of, result_of
+from edgetool.fpga.results import disk_bytes, plan_of, result_of
 from edgetool.fpga.settings import CompileSettings
 from edgetool.fpga.verify import verify_sample
 from edgetool.fpga.weights import Jobs, Rounded
 from edgetool.fpga.writer import LEDGER_NAME, Emit, write_all
 from edgetool.ledger import RunLedger, count_records
 from edgetool.progress import Progress
-from edgetool.runs import refuse_overlap, stop_requests
+from edgetool.runs import free_disk_bytes, refuse_overlap, stop_requests
 
 SCHEMA = "edgetool.compile-vcu128/1"
 _WORST_SHOWN = 5
@@ -141,6 +141,8 @@ def compile_checkpoint(config: CompileConfig, common: CommonConfig, progress: Pr
         progress.note(f"{config.output} is up to date: same input, same settings, every byte as it was written")
         seconds = time.monotonic() - started
         return result_of(hashed.unchanged, config.output, draft, unchanged=True, seconds=seconds)
+    if not out.resuming:
+        free_disk_bytes(out.output, disk_bytes(draft, emit), "the image")
     with out, contextlib.ExitStack() as stack:
         with disk_errors(out.partial):
             ledger = RunLedger.open(out.partial / LEDGER_NAME, identity)

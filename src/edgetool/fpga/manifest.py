@@ -109,12 +109,21 @@ def memory_of(draft: Draft) -> dict[str, Any]:
         "kv_bytes_per_pc": hbm.kv.bytes_per_pc,
         "free_bytes_per_pc": VCU128.pc_bytes - hbm.bytes_per_pc,
         "largest_context": hbm.largest_context,
+        "read_bytes_by_role": _read_bytes(draft),
         "weight_read_bytes_per_token": hbm.weight_read_bytes,
         "kv_bytes_per_token": hbm.kv_bytes_per_token,
         "ddr_constants_bytes": ddr.file_bytes,
         "ddr_bytes": ddr.bytes,
         "host_bytes": 2 * draft.model.sizes.vocab * draft.model.sizes.hidden,
     }
+
+
+def _read_bytes(draft: Draft) -> dict[str, int]:
+    """Role -> bytes that all its matrices together take to be read once, for one token."""
+    sums: dict[str, int] = {}
+    for matrix in draft.matrices:
+        sums[matrix.linear.role] = sums.get(matrix.linear.role, 0) + matrix.layout.read_bytes
+    return sums
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:

@@ -15,16 +15,22 @@ from edgetool.runs import memory_peak_bytes
 _WORST_SHOWN = 5
 
 
+def disk_bytes(draft: Draft, emit: Emit) -> int:
+    """What the output takes on the disk, the tokenizer left out."""
+    memory = memory_of(draft)
+    weights = VCU128.pseudo_channels * int(memory["weights_bytes_per_pc"])
+    image = weights + int(memory["host_bytes"]) + int(memory["ddr_constants_bytes"])
+    return image * emit.image + weights * emit.tree
+
+
 def plan_of(draft: Draft, emit: Emit, output: Path) -> dict[str, Any]:
     """What a dry run shows."""
-    memory = memory_of(draft)
-    disk = VCU128.pseudo_channels * memory["weights_bytes_per_pc"] * (emit.image + emit.tree)
     return {
         "output": str(output),
         "writes": [name for name, wanted in (("image", emit.image), ("edgellm-tree", emit.tree)) if wanted],
-        "disk_bytes": disk + (memory["host_bytes"] + memory["ddr_constants_bytes"]) * emit.image,
+        "disk_bytes": disk_bytes(draft, emit),
         **_facts(draft),
-        "memory": memory,
+        "memory": memory_of(draft),
         "warnings": draft.warnings,
     }
 
@@ -61,6 +67,7 @@ def result_of(
         **_facts(draft),
         "weights_bytes_per_pc": draft.hbm.weights_bytes_per_pc,
         "kv_bytes_per_pc": draft.hbm.kv.bytes_per_pc,
+        "read_bytes_by_role": memory_of(draft)["read_bytes_by_role"],
         "weight_read_bytes_per_token": draft.hbm.weight_read_bytes,
         "unchanged": unchanged,
         "resumed_matrices": resumed,

@@ -38,7 +38,7 @@ from edgetool.fpga.image_format import (
     TOKENIZER_DIRECTORY,
 )
 from edgetool.fpga.manifest import json_bytes, manifest_of, segments_of
-from edgetool.fpga.picture import report_page
+from edgetool.fpga.report import report_page
 from edgetool.fpga.sinks import ImageSink, Sink, TreeSink, checksum, put
 from edgetool.fpga.tree import bias_file, norm_file
 from edgetool.fpga.weights import Jobs, Matrix, Rounded, rows_per_block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgetool.errors import BadInput, Stopped
+from edgetool.errors import BadInput, ResourceUnavailable, Stopped
 from edgetool.fpga import writer
 from edgetool.fpga.weights import PackedMatrix
 from tests.fakes import naive_board
@@ -292,3 +293,13 @@ def test_what_fp16_cannot_hold_of_scales_is_reported(tmp_path: Path) -> None:
         exact = linear.scales.astype(np.float16).astype(np.float32) == linear.scales
         assert losses[f"{module}.scales"]["changed"] == int((~exact).sum())
         assert losses[f"{module}.scales"]["largest_relative_change"] < 2.0**-11
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_quantized(tmp_path / "q", "llama")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(ResourceUnavailable, match="of disk"):
+        compile_into(made.path, tmp_path / "image")
+    assert [one.name for one in tmp_path.iterdir()] == ["q"]
