@@ -241,7 +241,7 @@ def test_settings_come_from_a_file_and_from_the_environment(
 def test_inspect_lists_and_checks(compile: Compile, image: Path) -> None:
     found = document(compile("--inspect", image, "--json"))
     assert len(found["segments"]) == 34 and len(found["tensors"]) == 15
-    assert found["hashes_checked"] == 36
+    assert found["hashes_checked"] == 37
     said = compile("--inspect", image, "--quiet")
     assert "layers.1.down" in said.stdout and "hbm/pc31.bin" in said.stdout
 
@@ -266,6 +266,16 @@ def test_a_flipped_nibble_ends_with_exit_code_8(
     }[command]
     found = document(compile(*arguments, "--json"), 8)
     assert "pc11.bin" in found["message"]
+
+
+def test_a_manifest_that_claims_another_encoding_is_found(compile: Compile, image: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(image, tmp_path / "copy"))
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"twos"', '"signmag"'))
+    found = document(compile("--inspect", copy, "--json"), 8)
+    assert "manifest.json" in found["message"]
 
 
 def test_verify_compares_with_the_checkpoint(compile: Compile, model: Made, image: Path) -> None:
@@ -352,9 +362,10 @@ def test_ctrl_c_stops_with_what_goes_on(processes: ProcessServer, model: Made, t
     output = tmp_path / "out"
     arguments = ("compile-vcu128", str(model.path), "-o", str(output), "--lm-head", "rtn4")
     traced = processes.run(*arguments[:3], str(tmp_path / "whole"), *arguments[4:])
-    truncation = next(number for number, step in enumerate(traced.trace, 1) if "ledger" in step)
-    stopped = processes.run(*arguments, at=truncation, signals=(signal.SIGINT,))
-    assert stopped.code in (75, 130), stopped.stderr
+    packing = traced.trace.index("mkdir hbm") + 1
+    stopped = processes.run(*arguments, at=packing, signals=(signal.SIGINT,))
+    assert stopped.code == 75, stopped.stderr
+    assert "--resume" in stopped.stderr
     assert not output.exists()
     assert processes.run(*arguments, "--resume").code == 0
     assert digest(output) == digest(tmp_path / "whole")

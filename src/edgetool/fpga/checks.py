@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.artifacts import disk_errors
+from edgetool.artifacts import MANIFEST_NAME as RECORD_NAME
+from edgetool.artifacts import disk_errors, sha256_file
+from edgetool.checkpoints.checkpoint import read_json_object
 from edgetool.checkpoints.tensor_file import TensorFileWriter
-from edgetool.errors import BadInput
+from edgetool.errors import BadInput, VerificationFailed
 from edgetool.fpga.hardware import VCU128
 from edgetool.fpga.image import Image
-from edgetool.fpga.image_format import layout_of
+from edgetool.fpga.image_format import MANIFEST_NAME, layout_of
 from edgetool.fpga.layout import unpack_fp16, unpack_int4
 from edgetool.progress import Progress
 
@@ -28,7 +30,7 @@ def inspect(directory: Path, threads: int, progress: Progress) -> dict[str, Any]
     """What an image holds; every hash is checked. Raises BadInput or VerificationFailed for a damaged one."""
     image = Image.open(directory)
     progress.note("checking every hash")
-    checked = image.check_hashes(threads)
+    checked = image.check_hashes(threads) + _check_record(directory)
     manifest = image.manifest
     return {
         "image": str(directory),
@@ -46,6 +48,21 @@ def inspect(directory: Path, threads: int, progress: Progress) -> dict[str, Any]
         "constants": len(manifest["constants"]),
         "operations": {part: len(image.program[part]) for part in ("prologue", "layer", "epilogue")},
     }
+
+
+def _check_record(directory: Path) -> int:
+    """Where the compiler's record lies beside, the manifest must be the one it wrote: 1 file compared, or 0."""
+    if not (directory / RECORD_NAME).is_file():
+        return 0
+    files = read_json_object(directory / RECORD_NAME).get("files")
+    said = files.get(MANIFEST_NAME) if isinstance(files, dict) else None
+    found = sha256_file(directory / MANIFEST_NAME)
+    if said != found:
+        raise VerificationFailed(
+            f"{directory / MANIFEST_NAME}: SHA-256 is {found}, {RECORD_NAME} says {said}",
+            "the manifest was changed after compiling: compile again",
+        )
+    return 1
 
 
 def _brief(record: Mapping[str, Any]) -> dict[str, Any]:
