@@ -32,7 +32,7 @@ def round_symmetric(values: Array, group_size: int, lowest: int = -MIDDLE, name:
         padded = np.zeros((rows, groups * group_size), dtype=np.float32)
         padded[:, :width] = values
     grouped = padded.reshape(rows, groups, group_size)
-    high, low = grouped.max(axis=2), grouped.min(axis=2)
+    high, low = _over_groups(np.maximum, grouped), _over_groups(np.minimum, grouped)
     extreme = np.where(high >= -low, high, low) if lowest == -MIDDLE else np.maximum(high, -low)
     wide = extreme / np.float32(lowest if lowest == -MIDDLE else -lowest)
     if bool((np.abs(wide) > _LARGEST).any()):
@@ -44,3 +44,12 @@ def round_symmetric(values: Array, group_size: int, lowest: int = -MIDDLE, name:
     np.clip(codes, lowest, MIDDLE - 1, out=codes)
     codes += MIDDLE
     return codes.astype(np.uint8).reshape(rows, -1)[:, :width], scales
+
+
+def _over_groups(extreme: np.ufunc, grouped: Array) -> Array:
+    """Maximum or minimum along the last axis, by halves while it can be halved: several times as fast as reducing."""
+    while grouped.shape[2] > 2 and grouped.shape[2] % 2 == 0:
+        half = grouped.shape[2] // 2
+        grouped = extreme(grouped[:, :, :half], grouped[:, :, half:])
+    reduced: Array = extreme.reduce(grouped, axis=2)
+    return reduced

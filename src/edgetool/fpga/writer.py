@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import threading
 import time
 import zlib
@@ -50,6 +51,7 @@ Array = npt.NDArray[Any]
 LEDGER_NAME = "ledger.jsonl"
 _NOT_OUTPUT = {LEDGER_NAME, RECORD_NAME}
 _RECORD_EVERY_S = 2.0
+_FLUSHED_AT_ONCE = 4
 _TOKENIZER_NAMES = {
     "special_tokens_map.json",
     "added_tokens.json",
@@ -282,9 +284,20 @@ def _copy_tokenizer(draft: Draft, directory: Path) -> None:
 def _hashes(directory: Path, threads: int) -> dict[str, str]:
     """File -> sha256 of all that is in `directory` now but the run's own records."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in _NOT_OUTPUT)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(_FLUSHED_AT_ONCE) as disk:
+        flushes = disk.map(_flush, paths)  # the disk works while the processor does
         digests = pool.map(sha256_file, paths)
-        return {str(path.relative_to(directory)): digest for path, digest in zip(paths, digests, strict=True)}
+        hashes = {str(path.relative_to(directory)): digest for path, digest in zip(paths, digests, strict=True)}
+        list(flushes)
+        return hashes
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_documents(draft: Draft, directory: Path, source: dict[str, str], files: dict[str, str]) -> dict[str, Any]:

@@ -272,14 +272,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("edgetool.fpga.weights._BLOCK_BYTES", 1 << 16)
     peaks = []
     for layers in (2, 12):
-        shape = Shape(layers, hidden=256, ffn=1024, heads=2, kv_heads=1, head_dim=128, vocab=4096)
+        shape = Shape(layers, hidden=256, ffn=1024, heads=2, kv_heads=1, head_dim=128, vocab=64)
         made = make_quantized(tmp_path / f"q{layers}", "llama", shape=shape, group_size=128)
         largest = max(path.stat().st_size for path in made.path.iterdir())
         tracemalloc.start()
         compile_into(made.path, tmp_path / f"image{layers}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert largest > 5e6
+    assert largest > 5e6  # of the larger checkpoint
     # 10 layers more are 4.5 MB more of codes; the plan itself takes some KB a layer
     assert peaks[1] - peaks[0] < 0.5e6
 
