@@ -26,6 +26,7 @@ _PORTS = VCU128.pseudo_channels
 _BEAT = VCU128.axi_beat_bytes
 _SCALES = VCU128.scales_per_beat
 _MIDDLE = np.uint32(0x88888888)
+_TILE_ROWS = 256  # rows dealt at a time: what is read of a transposed view then stays in the L2 cache until it is used
 
 
 def _signmag_table() -> Array:
@@ -138,16 +139,10 @@ def pack_int4(
     shape = (_PORTS, local_rows, layout.row_bytes)
     if out is None or out.shape != shape or rows % _PORTS:  # what was a row may now be padding
         out = np.zeros(shape, dtype=np.uint8)
-    out16, out32 = out.view("<u2"), out.view("<u4")
-    per_package = layout.package_channels // 8
-    for package in range(layout.packages):
-        start = package * layout.package_bytes
-        for beat, values in enumerate((scales,) if offsets is None else (scales, offsets)):
-            some = values[:, package * _SCALES : (package + 1) * _SCALES]
-            _deal(some.view("<u2"), out16, (start + beat * _BEAT) // 2)
-        some = words[:, package * per_package : (package + 1) * per_package]
-        if some.shape[1]:
-            _deal(some, out32, (start + layout.header_bytes) // 4, flip=True)
+    for first in range(0, rows, _TILE_ROWS):
+        here = slice(first, first + _TILE_ROWS)
+        part = None if offsets is None else offsets[here]
+        _fill(out[:, first // _PORTS : (first + _TILE_ROWS) // _PORTS], words[here], scales[here], part, layout)
     if layout.k % 8:
         _clear_padding(out, layout)
     if encoding == "signmag":
@@ -216,6 +211,20 @@ _NIBBLE_VALUES = {
     "twos": np.array([*range(8), *range(-8, 0)], dtype=np.int8),
     "signmag": np.array([*range(8), *(-w for w in range(8))], dtype=np.int8),
 }
+
+
+def _fill(out: Array, words: Array, scales: Array, offsets: Array | None, layout: MatrixLayout) -> None:
+    """Packages of a tile of rows: beats of scales (and offsets), then weights."""
+    out16, out32 = out.view("<u2"), out.view("<u4")
+    per_package = layout.package_channels // 8
+    for package in range(layout.packages):
+        start = package * layout.package_bytes
+        for beat, values in enumerate((scales,) if offsets is None else (scales, offsets)):
+            some = values[:, package * _SCALES : (package + 1) * _SCALES]
+            _deal(some.view("<u2"), out16, (start + beat * _BEAT) // 2)
+        some = words[:, package * per_package : (package + 1) * per_package]
+        if some.shape[1]:
+            _deal(some, out32, (start + layout.header_bytes) // 4, flip=True)
 
 
 def _deal(source: Array, out: Array, column: int, flip: bool = False) -> None:
