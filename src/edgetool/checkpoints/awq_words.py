@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetool.checkpoints.scratch import Scratch
+
 Array = npt.NDArray[Any]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble k (bits 4k .. 4k+3) of an AWQ word holds output channel 8 * word + ORDER[k]."""
 
+_PLANES = Scratch()
 _TILE = 128  # words each way: eight planes of them and what the exchanges need are 768 KiB, most of an L2 cache
 
 
 def to_awq(words: Array, out: Array) -> None:
     """Fill `out`, int32 [8 * rows, out_features / 8] in AWQ's layout, from `words`.
 
-    words: int32 [rows, out_features]; nibble j of words[r, n] is the code of input channel 8 * r + j, output n. A
-    transposed view (compressed-tensors' weight_packed.T) is as fast.
+    words: int32 [rows, out_features]; nibble j of words[r, n] is the code of input channel 8 * r + j, output n. Views
+    are fine, and a transposed one (compressed-tensors' weight_packed.T) is as fast.
     """
     for inputs, outputs, planes, spare in _tiles(words, out):
         for plane, channel in zip(planes, ORDER, strict=True):
@@ -50,13 +53,10 @@ def _tiles(words: Array, awq: Array) -> Iterator[tuple[Array, Array, Array, Arra
         raise ValueError(f"words {words.shape} do not fill AWQ's {awq.shape}")
     columns = out_features // 8
     by_input = _unsigned(awq).reshape(rows, 8, columns).transpose(1, 0, 2)
+    by_channel = _unsigned(words).reshape(rows, columns, 8).transpose(2, 0, 1)
     # The planes lie in memory as the words do, so that they are gathered and scattered along neighbouring words.
-    lies_transposed = not words.flags.c_contiguous
-    if lies_transposed:
-        by_channel = _unsigned(words.T).reshape(columns, 8, rows).transpose(1, 2, 0)
-    else:
-        by_channel = _unsigned(words).reshape(rows, columns, 8).transpose(2, 0, 1)
-    memory = np.empty(12 * _TILE * _TILE, dtype=np.uint32)
+    lies_transposed = abs(words.strides[0]) < abs(words.strides[1])
+    memory = _PLANES.empty("planes", (12 * _TILE * _TILE,), np.uint32)
     for top in range(0, rows, _TILE):
         for left in range(0, columns, _TILE):
             tile = (slice(None), slice(top, top + _TILE), slice(left, left + _TILE))
@@ -70,8 +70,8 @@ def _tiles(words: Array, awq: Array) -> Iterator[tuple[Array, Array, Array, Arra
 
 
 def _unsigned(words: Array) -> Array:
-    if words.dtype != np.int32 or not words.flags.c_contiguous:
-        raise ValueError(f"words are {words.dtype}; must be int32 and contiguous, or a transposed view of such")
+    if words.dtype != np.int32:
+        raise ValueError(f"words are {words.dtype}; must be int32")
     return words.view(np.uint32)
 
 

@@ -7,7 +7,7 @@ transposed (awq_words), and GPTQ's versions differ in the zeros alone. What come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from edgetool.checkpoints.scratch import Scratch
 Array = npt.NDArray[Any]
 Adapt = Callable[[QuantizedLinear], QuantizedLinear | None]
 
+_BLOCK_WORDS = 1 << 20  # 4 MiB, so that what is made is still in the cache when it is written to a file
 _TILE_ROWS, _TILE_COLUMNS = 32, 512  # 64 KiB, which a transpose reads and writes about once from the L2 cache
 
 
@@ -34,14 +35,15 @@ def repack(
     name: str = "",
     adapt: Adapt | None = None,
     scratch: Scratch | None = None,
-) -> dict[str, Array] | None:
+) -> dict[str, Array | Iterator[Array]] | None:
     """Suffix -> array as `FORMATS[target].write` returns it, or None where the words themselves must change.
 
     tensors, source_spec, target_spec, name: as for `FORMATS[source].read` and `FORMATS[target].write`; an array whose
     bytes stay the same (GPTQ version 1 to 2, for example) is passed on, not copied.
     adapt: what happens between reading and writing, for example narrower scales. It gets the layer with
     `absent_codes` and returns it changed in anything but codes, or None where codes would have to change.
-    scratch: where the packed words are made; they are then good until the thread's next call.
+    scratch: where the packed words are made, some rows at a time, as an iterator over these rows; each of its arrays
+    is good until the next. That is for whoever writes them to a file at once, out of the cache.
     None is also returned for 3-bit words of compressed-tensors 0.17 and where AWQ's rows do not fill blocks of eight.
     Raises BadInput as `read` and `write` do.
     """
@@ -54,8 +56,8 @@ def repack(
             return None
         layer = adapted
     rest = FORMATS[target].write_rest(layer, target_spec, name)
-    codes = FORMATS[target].suffixes[0]
-    return {codes: _words(tensors[FORMATS[source].suffixes[0]], source, target, scratch), **rest}
+    blocks = _blocks(tensors[FORMATS[source].suffixes[0]], source, target, scratch)
+    return {FORMATS[target].suffixes[0]: blocks if scratch is not None else next(blocks), **rest}
 
 
 def _words_move(tensors: Mapping[str, Array], source: str, target: str, layer: QuantizedLinear) -> bool:
@@ -73,29 +75,35 @@ def _along(name: str) -> str:
     return "outputs" if name == "awq" else "inputs"
 
 
-def _words(packed: Array, source: str, target: str, scratch: Scratch | None) -> Array:
-    """The packed codes in the target's order of words."""
-
-    def empty(*shape: int) -> Array:
-        return np.empty(shape, np.int32) if scratch is None else scratch.empty("repacked", shape, np.int32)
-
+def _blocks(packed: Array, source: str, target: str, scratch: Scratch | None) -> Iterator[Array]:
+    """The packed codes in the target's order of words, some rows at a time; without scratch memory all at once."""
     if source == target or {source, target} == {"gptq", "gptq_v2"}:
-        return np.ascontiguousarray(packed)
+        yield np.ascontiguousarray(packed)
+        return
     # Both ways of packing along the inputs are handled as GPTQ's [words, out_features].
     words = packed.T if source == "compressed-tensors" else packed
     if target == "awq":
-        out = empty(8 * words.shape[0], words.shape[1] // 8)
-        to_awq(words, out)
-        return out
-    if source == "awq":
-        rows, out_features = packed.shape[0] // 8, 8 * packed.shape[1]
-        transposed = target == "compressed-tensors"
-        out = empty(out_features, rows) if transposed else empty(rows, out_features)
-        from_awq(packed, out.T if transposed else out)
-        return out
-    out = empty(packed.shape[1], packed.shape[0])
-    _transpose(packed, out)
-    return out
+        rows, columns = 8 * words.shape[0], words.shape[1] // 8
+    elif source == "awq" and target != "compressed-tensors":
+        rows, columns = packed.shape[0] // 8, 8 * packed.shape[1]
+    elif source == "awq":
+        rows, columns = 8 * packed.shape[1], packed.shape[0] // 8
+    else:
+        rows, columns = packed.shape[1], packed.shape[0]
+    step = rows if scratch is None else max(8, _BLOCK_WORDS // columns // 8 * 8)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        shape = (stop - start, columns)
+        out = np.empty(shape, np.int32) if scratch is None else scratch.empty("repacked", shape, np.int32)
+        if target == "awq":
+            to_awq(words[start // 8 : stop // 8], out)
+        elif source == "awq" and target != "compressed-tensors":
+            from_awq(packed[8 * start : 8 * stop], out)
+        elif source == "awq":
+            from_awq(packed[:, start // 8 : stop // 8], out.T)
+        else:
+            _transpose(packed[:, start:stop], out)
+        yield out
 
 
 def _transpose(words: Array, out: Array) -> None:

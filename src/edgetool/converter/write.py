@@ -103,7 +103,7 @@ def converted(source: Source, plan: Plan, name: str, scratch: Scratch | None = N
         return {f"{name}.weight": _weights(source, name, DTYPE_OF[plan.target], scratch)}
     layout = source.layouts[name]
     spec = replace(plan.spec, desc_act=not layout.g_idx_trivial)
-    arrays = _repacked(source, name, plan.target, spec, scratch)
+    arrays: Mapping[str, Pieces] | None = _repacked(source, name, plan.target, spec, scratch)
     if arrays is None:
         linear = fit(source.linear(name), plan.target, plan.spec)
         arrays = FORMATS[plan.target].write(linear, plan.spec, name)
@@ -115,7 +115,9 @@ def _write_unit(source: Source, plan: Plan, unit: Unit, writer: TensorFileWriter
         writer.write(name, data)
 
 
-def _repacked(source: Source, module: str, target: str, spec: Spec, scratch: Scratch | None) -> dict[str, Array] | None:
+def _repacked(
+    source: Source, module: str, target: str, spec: Spec, scratch: Scratch | None
+) -> Mapping[str, Pieces] | None:
     """The packed words moved without becoming codes, where nothing in them changes."""
     if not isinstance(source, CheckpointSource):
         return None

@@ -43,7 +43,7 @@ class Job:
         chosen: dict[str, Any] = {
             "threads": 2,
             "stop_requested": lambda: False,
-            "finished": lambda path: self.finished.append(path.name),
+            "written": lambda path: self.finished.append(path.name),
             "remembered": lambda names: {},
             "progress": NullProgress(),
         } | options
