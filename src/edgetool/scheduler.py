@@ -65,7 +65,7 @@ class Lease:
     fds: tuple[int, ...]
 
     def environment(self) -> dict[str, str]:
-        """Variables for children: CUDA_VISIBLE_DEVICES (by UUID; empty without a GPU), EDGETOOL_LEASE, ..._LEASE_FDS."""
+        """Variables for children: CUDA_VISIBLE_DEVICES (by UUID; empty without a GPU), EDGETOOL_LEASE and its descriptors."""
         raise NotImplementedError
 
     def adopt(self, pid: int) -> None:
