@@ -29,6 +29,27 @@ def parse_size(value: object) -> object:
     return value
 
 
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(value: object) -> object:
+    """Seconds meant by `90`, `30s`, `10m`, `2h` or `1d`; anything else is handed back for pydantic to refuse."""
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+        return float(match[1]) * _SECONDS[(match[2] or "").lower()]
+    return value
+
+
+def _pairs(value: object) -> object:
+    """`A=a, B=b` in a variable is the table {A = "a", B = "b"} of a file."""
+    if not isinstance(value, str):
+        return value
+    items = [item.partition("=") for item in value.split(",") if item.strip()]
+    if not all(name.strip() and equals and other.strip() for name, equals, other in items):
+        raise ValueError("pairs were expected")
+    return {name.strip(): other.strip() for name, _, other in items}
+
+
 def _expand_home(value: object) -> object:
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
@@ -49,6 +70,10 @@ def _whole(value: object) -> object:
 HomePath = Annotated[Path, BeforeValidator(_expand_home)]
 Count = Annotated[int, BeforeValidator(_only_numbers), Field(ge=1)]
 Size = Annotated[int, BeforeValidator(parse_size), BeforeValidator(_only_numbers), Field(ge=1)]
+Duration = Annotated[
+    float, BeforeValidator(parse_duration), BeforeValidator(_only_numbers), Field(ge=0, allow_inf_nan=False)
+]
+Port = Annotated[int, BeforeValidator(_only_numbers), Field(ge=1, le=65_535)]
 
 
 def setting(default: Any, meaning: str, must: str, *, option: str | None = None, key: str | None = None) -> Any:
@@ -69,6 +94,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_by_name=True)
     required: ClassVar[Mapping[str, str]] = {}
     """Keys that a command cannot do without, and how each is called in its usage line."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Other sections that the command reads, besides `common`."""
 
 
 class CommonConfig(Section):
@@ -90,6 +117,17 @@ class CommonConfig(Section):
     offline: bool = setting(False, "use no network: only what is in the cache or on the disk", "true or false")
     hub_token: SecretStr | None = setting(
         None, "access token for hf: and ms: models (never an option: options are seen in `ps`)", "a token", option=""
+    )
+
+    lock_dir: HomePath | None = setting(
+        None,
+        "directory of the leases, shared by all users of the machine (default: /run/lock/edgetool, or a directory of "
+        "your own where that cannot be made)",
+        "a directory",
+        option="",
+    )
+    nvml_fixture: HomePath | None = setting(
+        None, "a recorded inventory of GPUs to use in place of this machine's (docs/gpus.md)", "a .json file", option=""
     )
 
     def token(self) -> str | None:
@@ -186,6 +224,82 @@ class DemoConfig(Section):
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
 
 
+class SchedulerConfig(Section):
+    """How GPUs and ports are leased, for `edgetool gpus` and `edgetool serve-gpu`."""
+
+    gpu_classes: Annotated[dict[str, str], BeforeValidator(_pairs)] = setting(
+        dict,
+        "classes of GPUs by a part of their name, before the built-in rule; in a variable: `RTX A6000=big, L4=small`",
+        "pairs of a part of a name and a class",
+    )
+    port_range: Annotated[str, Field(pattern=r"^\d{1,5}-\d{1,5}$")] = setting(
+        "20000-29999", "ports to choose from; those in the kernel's ephemeral range are left out", "FIRST-LAST"
+    )
+
+    @model_validator(mode="after")
+    def _ports_in_order(self) -> SchedulerConfig:
+        first, last = self.ports()
+        if not 1 <= first <= last <= 65_535:
+            raise ConfigError(f"port_range {self.port_range} must rise, from 1 to 65535", "for instance 20000-29999")
+        return self
+
+    def ports(self) -> tuple[int, int]:
+        """First and last port to choose from."""
+        first, last = self.port_range.split("-")
+        return int(first), int(last)
+
+
+class GpusConfig(Section):
+    """Settings of `edgetool gpus`, `gpus run` and `gpus reap`."""
+
+    uses = ("scheduler",)
+
+    watch: bool = setting(False, "show the table again and again", "true or false")
+    interval_s: Annotated[Duration, Field(ge=0.1)] = setting(
+        2.0, "time between two looks with --watch", "at least 0.1 s, such as 2 or 1m", option="--interval"
+    )
+    gpu_class: str | None = setting(None, "class of the GPUs, such as 4090 or H100", "a class", key="class")
+    min_free_bytes: Size | None = setting(
+        None, "memory to reserve on each GPU", "a size such as 22GiB", option="--min-free"
+    )
+    exclusive: bool = setting(
+        lambda so_far: so_far.get("min_free_bytes") is None,
+        "share the GPUs with nobody; default: unless --min-free says how much of each is needed",
+        "true or false",
+    )
+    ports: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0, le=1000)] = setting(
+        0, "number of ports", "a number from 0 to 1000"
+    )
+    port: Port | None = setting(None, "this very port", "a number from 1 to 65535")
+    board: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")] | None = setting(
+        None, "name of an FPGA board or of its simulator", "letters, digits and . _ : - (64 at most)"
+    )
+    count: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0)] = setting(
+        lambda so_far: int(
+            so_far.get("gpu_class") is not None
+            or so_far.get("min_free_bytes") is not None
+            or not (so_far.get("ports") or so_far.get("port") or so_far.get("board"))
+        ),
+        "number of GPUs; default 1, or 0 when only ports or a board are asked for",
+        "a number of at least 0",
+    )
+    wait_s: Duration = setting(
+        0.0, "how long to wait for what is not free", "a time such as 90, 10m or 2h", option="--wait"
+    )
+    grace_s: Duration = setting(
+        5.0, "time that orphans get to end by themselves", "a time such as 5 or 1m", option="--grace"
+    )
+    dry_run: bool = setting(False, "say what would be granted or killed, and do nothing", "true or false")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GpusConfig:
+        if self.port is not None and self.ports:
+            raise ConfigError(
+                f"--port {self.port} and --ports {self.ports} exclude each other", "leave one of them out"
+            )
+        return self
+
+
 class Config(Section):
     """Everything edgetool can be told, a section for each command, and where each value came from."""
 
@@ -193,6 +307,8 @@ class Config(Section):
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     inspect: InspectConfig = Field(default_factory=InspectConfig)
     demo: DemoConfig = Field(default_factory=DemoConfig)
+    gpus: GpusConfig = Field(default_factory=GpusConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)
     """Dotted key -> origin in words, for each value that is not the default."""
 
@@ -202,6 +318,8 @@ SECTIONS: dict[str, type[Section]] = {
     "quantize": QuantizeConfig,
     "inspect": InspectConfig,
     "demo": DemoConfig,
+    "gpus": GpusConfig,
+    "scheduler": SchedulerConfig,
 }
 
 

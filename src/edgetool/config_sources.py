@@ -18,7 +18,8 @@ PREFIX = "EDGETOOL_"
 COMMAND_LINE = "the command line"
 
 _YES = {"1", "true", "yes", "on", "y", "t"}
-_FOREIGN = {"EDGETOOL_DATA_DIR"}  # read by the tests, not by edgetool
+# The first is read by the tests; edgetool sets the others for the processes that it starts (scheduler.py, leases.py).
+_FOREIGN = {"EDGETOOL_DATA_DIR", "EDGETOOL_LEASE", "EDGETOOL_LEASE_FDS", "EDGETOOL_PORTS"}
 
 Keys = Mapping[str, Sequence[str]]
 

@@ -65,7 +65,7 @@ class Lease:
     fds: tuple[int, ...]
 
     def environment(self) -> dict[str, str]:
-        """Variables for children: CUDA_VISIBLE_DEVICES (by UUID; empty without a GPU), EDGETOOL_LEASE and its descriptors."""
+        """Variables for children: CUDA_VISIBLE_DEVICES by UUID (empty without a GPU), the lease's id, fds and ports."""
         raise NotImplementedError
 
     def adopt(self, pid: int) -> None:

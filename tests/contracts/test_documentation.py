@@ -19,8 +19,17 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
+BUILT = ["quantize", "inspect", "demo"]
+
+
+def every_parameter(command: str) -> list[Any]:
+    """Of the command and of its sub-commands, which read the same section."""
+    parsed = [COMMANDS[command], *getattr(COMMANDS[command], "commands", {}).values()]
+    return [parameter for one in parsed for parameter in one.params]
+
+
 def parameters(command: str) -> dict[str, Any]:
-    return {p.name: p for p in COMMANDS[command].params if p.name not in {"help", *NOT_SETTINGS}}
+    return {p.name: p for p in every_parameter(command) if p.name not in {"help", *NOT_SETTINGS}}
 
 
 @pytest.mark.parametrize("page", ["cli.md", "config.md", "exit-codes.md"])
@@ -42,7 +51,7 @@ def test_there_are_recipes_in_both_languages() -> None:
     assert {path.suffix for path in RECIPES} >= {".toml", ".yaml"}
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", BUILT)
 def test_every_option_is_a_setting_and_defaults_to_not_given(command: str) -> None:
     known = {key_of(*item) for name in ("common", command) for item in SECTIONS[name].model_fields.items()}
     for name, parameter in parameters(command).items():
@@ -50,14 +59,14 @@ def test_every_option_is_a_setting_and_defaults_to_not_given(command: str) -> No
         assert parameter.default is None
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", BUILT)
 def test_every_setting_with_an_option_has_it(command: str) -> None:
-    spelled = {spelling for p in COMMANDS[command].params for spelling in (*p.opts, *p.secondary_opts, p.metavar)}
+    spelled = {spelling for p in every_parameter(command) for spelling in (*p.opts, *p.secondary_opts, p.metavar)}
     for item in (*SECTIONS["common"].model_fields.items(), *SECTIONS[command].model_fields.items()):
         assert not option_of(*item) or option_of(*item) in spelled
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", BUILT)
 def test_defaults_in_help_texts_are_those_of_the_configuration(command: str) -> None:
     fields = {key_of(*i): i[1] for name in ("common", command) for i in SECTIONS[name].model_fields.items()}
     for name, parameter in parameters(command).items():
