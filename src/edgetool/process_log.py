@@ -48,15 +48,16 @@ class RotatingLog:
         """Append `data`; never raises OSError."""
         if self._size_bytes and self._size_bytes + len(data) > self.limit_bytes:
             self._rotate()
-        if self._lost_bytes:
-            data = f"\n[{self._lost_bytes} bytes of output lost: the log could not be written]\n".encode() + data
         try:
+            if self._lost_bytes:
+                note = f"\n[{self._lost_bytes} bytes of output lost: the log could not be written]\n".encode()
+                self._size_bytes += os.write(self._descriptor, note)
+                self._lost_bytes = 0
             written = os.write(self._descriptor, data)
         except OSError:
-            self._lost_bytes += len(data)
-            return
+            written = 0
         self._size_bytes += written
-        self._lost_bytes = len(data) - written
+        self._lost_bytes += len(data) - written
 
     def _rotate(self) -> None:
         with contextlib.suppress(OSError):
