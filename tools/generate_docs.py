@@ -104,6 +104,8 @@ def _default(section: Any, name: str, field: Any) -> str:
         return "see meaning"
     if field.default is None:
         return ""
+    if isinstance(field.default, tuple):
+        return f"`{','.join(map(str, field.default))}`" if field.default else ""
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from edgetool import __version__, console
 from edgetool.commands import (
     _later,
+    bench,
     compile_vcu128,
     convert,
     demo,
@@ -148,6 +149,7 @@ def edgetool(
 app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 for _name, _function in {
     "convert": convert.convert,
     "eval": eval.eval,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -129,6 +130,18 @@ class CommonConfig(Section):
     nvml_fixture: HomePath | None = setting(
         None, "a recorded inventory of GPUs to use in place of this machine's (docs/gpus.md)", "a .json file", option=""
     )
+
+    api_key: SecretStr | None = setting(
+        None,
+        "key of the server that is started or asked (serve-gpu, bench); --api-key gives it too, but everybody on the "
+        "machine can read options in `ps`",
+        "a key",
+        option="",
+    )
+
+    def server_key(self) -> str | None:
+        """The key of servers in clear; None when none was given."""
+        return self.api_key.get_secret_value() if self.api_key else None
 
     def token(self) -> str | None:
         """The hub token in clear, for the call that needs it and nothing else; None when there is none."""
@@ -300,6 +313,143 @@ class GpusConfig(Section):
         return self
 
 
+def _arguments(value: object) -> object:
+    """In a variable, arguments are written as in a shell."""
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+class ServeGpuConfig(Section):
+    """Settings of `edgetool serve-gpu`."""
+
+    uses = ("scheduler",)
+
+    model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
+    with_model: str | None = setting(
+        None, "a second model to serve beside it, to compare with", "a model", option="--with"
+    )
+    engine: Literal["vllm", "transformers"] = setting(
+        "vllm", "what runs the model; transformers is slow and needs no other environment", "vllm or transformers"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "where to run; auto = GPUs where there are any", "auto, cpu or cuda"
+    )
+    gpu_class: str | None = setting(None, "class of the GPUs, such as 4090 or H100", "a class", option="--class")
+    host: Annotated[str, Field(min_length=1)] = setting(
+        "127.0.0.1", "address to listen on; 0.0.0.0 = all of this machine", "an address"
+    )
+    port: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0, le=65_535)] = setting(
+        0, "port to listen on; 0 = a free one", "a number from 0 to 65535"
+    )
+    served_model_name: Annotated[str, Field(min_length=1)] | None = setting(
+        None, "name that clients ask for (default: that of the directory)", "a name"
+    )
+    max_model_len: Annotated[int, BeforeValidator(_only_numbers), Field(ge=16)] | None = setting(
+        None, "longest context in tokens (default: what the model allows and the memory holds)", "a number from 16"
+    )
+    gpu_memory_utilization: Annotated[float, BeforeValidator(_only_numbers), Field(gt=0, le=1)] = setting(
+        0.9, "share of each GPU's memory to take", "above 0, up to 1"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "dtype of activations", "auto, bfloat16, float16 or float32"
+    )
+    tensor_parallel_size: Count = setting(1, "GPUs that share the work of each layer", "a number of at least 1")
+    kv_cache_dtype: Annotated[str, Field(pattern=r"^(auto|fp8|fp8_e4m3|fp8_e5m2|bfloat16|float16)$")] = setting(
+        "auto", "dtype of the key-value cache", "auto, fp8, fp8_e4m3, fp8_e5m2, bfloat16 or float16"
+    )
+    env: Annotated[str, Field(min_length=1)] | None = setting(
+        None, "environment that holds vLLM, as in `edgetool envs` (default: vllm, or vllm-cpu)", "a name"
+    )
+    threads: Count | None = setting(None, "CPU threads (default: left to the engine)", "a number of at least 1")
+    front: bool = setting(
+        True, "put a front before vLLM that guards every route and answers /predict", "true or false", option="--front"
+    )
+    batch: bool = setting(False, "let `GET /` say that /predict takes lists", "true or false")
+    check: bool = setting(True, "ask for one answer before it counts as ready", "true or false", option="--check")
+    distributed: Literal["ray"] | None = setting(None, "run vLLM's workers on a Ray cluster", "ray")
+    ray_address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")] | None = setting(
+        None, "head of the Ray cluster (default: RAY_ADDRESS)", "host:port"
+    )
+    wait_s: Duration = setting(
+        0.0, "how long to wait for GPUs that are not free", "a time such as 90, 10m or 2h", option="--wait"
+    )
+    ready_timeout_s: Duration = setting(
+        900.0, "time that the server gets to become ready", "a time such as 900 or 15m", option="--ready-timeout"
+    )
+    grace_s: Duration = setting(
+        10.0, "time that answers under way get when it is stopped", "a time such as 10 or 1m", option="--grace"
+    )
+    restarts: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0)] = setting(
+        0, "start the engine again so often when it fails", "a number of at least 0"
+    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = setting(
+        None, "name of the server for --list and --stop (default: that of the directory)", "letters, digits and . _ -"
+    )
+    detach: bool = setting(False, "return when it is ready and leave it running", "true or false")
+    list_servers: bool = setting(False, "list the servers that run", "true or false", option="--list")
+    stop: str | None = setting(None, "stop the server of this name", "a name from --list")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
+    extra: Annotated[tuple[str, ...], BeforeValidator(_arguments)] = setting(
+        (), "arguments for vLLM, after --", "a list of arguments", option=""
+    )
+    dry_run: bool = setting(False, "show the plan and start nothing", "true or false")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ServeGpuConfig:
+        if self.engine == "transformers":
+            for name, given in (("--distributed", self.distributed), ("arguments after --", self.extra)):
+                if given:
+                    raise ConfigError(f"{name} belong to vLLM, and engine is transformers", "use --engine vllm")
+        if self.distributed is None and self.ray_address is not None:
+            raise ConfigError(f"ray_address {self.ray_address} is of no use without --distributed ray")
+        return self
+
+
+def _levels(value: object) -> object:
+    """`1,8` in a variable or option is the list [1, 8] of a file; a number is a list of one."""
+    if isinstance(value, str):
+        return [_whole(item) for item in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+class BenchConfig(Section):
+    """Settings of `edgetool bench`."""
+
+    required = {"url": "URL"}
+
+    url: str = setting("", "address of an OpenAI endpoint, with or without /v1", "an address", option="URL")
+    against: str | None = setting(None, "a second endpoint, measured in turns with the first", "an address")
+    model: str | None = setting(None, "model to ask for (default: the only one served)", "a name")
+    against_model: str | None = setting(None, "model to ask the second endpoint for", "a name")
+    against_key: SecretStr | None = setting(
+        None, "key of the second endpoint (default: that of the first)", "a key", option=""
+    )
+    concurrency: Annotated[tuple[Count, ...], BeforeValidator(_levels), Field(min_length=1)] = setting(
+        (1, 8), "requests under way at once; several levels with commas", "numbers of at least 1, such as 1,8,32"
+    )
+    requests: Count | None = setting(
+        None, "requests on each level (default: 16, or 4 for each one under way)", "a number of at least 1"
+    )
+    prompt_tokens: Count = setting(256, "length of the prompts", "a number of at least 1")
+    output_tokens: Annotated[Count, Field(ge=2)] = setting(128, "length of the answers", "a number of at least 2")
+    rounds: Count = setting(4, "turns in which each level is measured", "a number of at least 1")
+    warmup: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0)] = setting(
+        2, "requests before anything is measured", "a number of at least 0"
+    )
+    api: Literal["chat", "completions"] = setting("chat", "route to ask", "chat or completions")
+    ignore_eos: bool = setting(
+        True, "ask for answers of full length, where the server knows how", "true or false", option="--ignore-eos"
+    )
+    seed: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0)] = setting(
+        0, "seed of the prompts", "a number of at least 0"
+    )
+    timeout_s: Duration = setting(600.0, "longest wait for a server's next word", "a time", option="--timeout")
+    plot: HomePath | None = setting(None, "SVG file to draw the figures into", "a file name")
+
+    def second_key(self) -> str | None:
+        """The key of the second endpoint in clear; None when none was given."""
+        return self.against_key.get_secret_value() if self.against_key else None
+
+
 class Config(Section):
     """Everything edgetool can be told, a section for each command, and where each value came from."""
 
@@ -308,6 +458,8 @@ class Config(Section):
     inspect: InspectConfig = Field(default_factory=InspectConfig)
     demo: DemoConfig = Field(default_factory=DemoConfig)
     gpus: GpusConfig = Field(default_factory=GpusConfig)
+    serve_gpu: ServeGpuConfig = Field(default_factory=ServeGpuConfig)
+    bench: BenchConfig = Field(default_factory=BenchConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)
     """Dotted key -> origin in words, for each value that is not the default."""
@@ -319,6 +471,8 @@ SECTIONS: dict[str, type[Section]] = {
     "inspect": InspectConfig,
     "demo": DemoConfig,
     "gpus": GpusConfig,
+    "serve_gpu": ServeGpuConfig,
+    "bench": BenchConfig,
     "scheduler": SchedulerConfig,
 }
 
@@ -376,7 +530,7 @@ def load(
     wanted = SECTIONS[command].required if command in SECTIONS else {}
     for key, spelling in wanted.items():
         if complete and f"{command}.{key}" not in settings.origins:
-            raise UsageError(f"{command} needs {spelling}", f"edgetool {command} --help")
+            raise UsageError(f"{command} needs {spelling}", f"edgetool {command.replace('_', '-')} --help")
     return config
 
 
@@ -397,5 +551,5 @@ def _config_error(name: str, section: type[Section], key: str, settings: Setting
     given = spelling if origin == COMMAND_LINE else origin
     return ConfigError(
         f"{key} {value} (given by {given}) cannot be used: must be {must_of(field)}",
-        f"edgetool {name} --help" if name != "common" else "see docs/config.md",
+        f"edgetool {name.replace('_', '-')} --help" if name != "common" else "see docs/config.md",
     )

@@ -20,12 +20,14 @@ def show_config(config: Config, command: str, output: Output) -> None:
         return
     lines = []
     for name, values in sections.items():
+        fields = SECTIONS[name].model_fields.items()
+        secrets = {key_of(*item) for item in fields if "Secret" in str(item[1].annotation)}
         lines.append(f"[{name}]")
         for key, value in values.items():
             origin = config.origins.get(f"{name}.{key}", "default")
             # A mask or an unset value must not come back through --config, so they are shown as comments.
             missing = value is None or (origin == "default" and key in SECTIONS[name].required)
-            usable = not missing and key != "hub_token"
+            usable = not missing and key not in secrets
             shown = "(not set)" if missing else _toml(value)
             lines.append(f"{'' if usable else '# '}{key} = {shown}  # {origin}")
         lines.append("")
