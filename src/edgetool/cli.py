@@ -150,6 +150,7 @@ def edgetool(
 app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
+app.add_typer(gpus.app, name="gpus")
 app.add_typer(envs.app, name="envs")
 app.command("bench")(bench.bench)
 for _name, _function in {
@@ -158,6 +159,5 @@ for _name, _function in {
     "serve-gpu": serve_gpu.serve_gpu,
     "compile-vcu128": compile_vcu128.compile_vcu128,
     "serve-fpga": serve_fpga.serve_fpga,
-    "gpus": gpus.gpus,
 }.items():
     app.command(_name, context_settings=dict(_later.ANY_ARGUMENTS))(_function)

@@ -302,7 +302,7 @@ class GpusConfig(Section):
     interval_s: Annotated[Duration, Field(ge=0.1)] = setting(
         2.0, "time between two looks with --watch", "at least 0.1 s, such as 2 or 1m", option="--interval"
     )
-    gpu_class: str | None = setting(None, "class of the GPUs, such as 4090 or H100", "a class", key="class")
+    gpu_class: str | None = setting(None, "class of the GPUs, such as 4090 or H100", "a class", option="--class")
     min_free_bytes: Size | None = setting(
         None, "memory to reserve on each GPU", "a size such as 22GiB", option="--min-free"
     )

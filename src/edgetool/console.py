@@ -54,12 +54,13 @@ class Output:
         self.json = as_json
         self.progress_mode = "auto"
         self._stdout: TextIO | None = None
+        self._saved_fd: int | None = None
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
         """Keep stdout for the result: whatever libraries and child processes print meanwhile goes to stderr."""
         real = sys.stdout
-        saved_fd = _divert_stdout(real)
+        self._saved_fd = saved_fd = _divert_stdout(real)
         self._stdout = real if saved_fd is None else open(saved_fd, "w", encoding=real.encoding)  # noqa: SIM115, PTH123
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -69,7 +70,7 @@ class Output:
                 self._stdout.flush()
                 os.dup2(saved_fd, 1)
                 self._stdout.close()
-            self._stdout = None
+            self._stdout = self._saved_fd = None
 
     def result(self, result: Mapping[str, Any], blocks: Sequence[Block]) -> None:
         """Print the one result of a command: the document with `--json`, the blocks otherwise."""
@@ -83,6 +84,15 @@ class Output:
             if position:
                 console.print()
             _print_block(console, block, stream)
+
+    def descriptor(self) -> int:
+        """The descriptor of the real stdout, for a child whose output is the command's result."""
+        return 1 if self._saved_fd is None else self._saved_fd
+
+    def clear(self) -> None:
+        """Empty the terminal for the next of several results; elsewhere they follow each other."""
+        stream = self._stdout or sys.stdout
+        stream.write("\x1b[H\x1b[2J\x1b[3J" if stream.isatty() else "\n")
 
     def text(self, text: str) -> None:
         """Print text on stdout as it is."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgetool.console import Block, Output
     from edgetool.progress import Progress
 
-NOT_SETTINGS = {"config", "show_config", "quiet"}
+NOT_SETTINGS = {"config", "show_config", "quiet", "command"}
 
 
 @dataclass
