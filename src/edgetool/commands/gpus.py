@@ -13,7 +13,7 @@ app = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 
 Watch = Annotated[bool | None, typer.Option("--watch", "-w", help="Show the table again and again, until Ctrl-C.")]
 Interval = Annotated[
-    str | None, typer.Option("--interval", metavar="TIME", help="Time between two looks with --watch [default: 2.0].")
+    str | None, typer.Option("--interval", metavar="TIME", help="Time between two looks with --watch [default: 2].")
 ]
 GpuClass = Annotated[
     str | None, typer.Option("--class", metavar="NAME", help="Class of the GPUs, such as 4090 or H100 [default: any].")
@@ -34,10 +34,10 @@ Port = Annotated[str | None, typer.Option("--port", metavar="NUMBER", help="Leas
 Board = Annotated[str | None, typer.Option("--board", metavar="NAME", help="Lease an FPGA board or its simulator.")]
 Wait = Annotated[
     str | None,
-    typer.Option("--wait", metavar="TIME", help="How long to wait for what is taken, such as 10m [default: 0.0]."),
+    typer.Option("--wait", metavar="TIME", help="How long to wait for what is taken, such as 10m [default: 0]."),
 ]
 Grace = Annotated[
-    str | None, typer.Option("--grace", metavar="TIME", help="Time for orphans to end by themselves [default: 5.0].")
+    str | None, typer.Option("--grace", metavar="TIME", help="Time for orphans to end by themselves [default: 5].")
 ]
 DryRun = Annotated[bool | None, typer.Option("--dry-run", help="Say what would be granted or ended, and do nothing.")]
 
