@@ -234,6 +234,9 @@ class Child:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
 
     @property
     def _name(self) -> str:
@@ -247,6 +250,9 @@ class Child:
         if on_line is not None and self._follower is not None:
             for line in self._follower.lines(final=final):
                 on_line(line)
+            if final:
+                self._follower.close()
+                self._follower = None
 
     def _look(self, timeout_s: float) -> int | None:
         with self._lock:

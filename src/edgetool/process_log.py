@@ -123,6 +123,8 @@ class LogFollower:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    __del__ = close
+
 
 def last_lines(path: Path, count: int) -> str:
     """The last `count` lines of a log, control codes removed; empty when it cannot be read."""

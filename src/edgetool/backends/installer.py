@@ -50,7 +50,9 @@ _UNWANTED = {
     *("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV"),
     *("PIP_REQUIREMENT", "PIP_EDITABLE", "PIP_NO_DEPS", "PIP_DRY_RUN", "PIP_REPORT", "PIP_QUIET"),
 }
-_COLLECTED = re.compile(r"(?:Collecting|Requirement already satisfied:|Processing) ([A-Za-z0-9][A-Za-z0-9._-]*)")
+_COLLECTED = re.compile(
+    r"(?:Collecting|Requirement already satisfied:) ([A-Za-z0-9][A-Za-z0-9._-]*)|Processing \S*/(\w[\w.]*)-\d"
+)
 _LOADING = re.compile(r"\s*(?:Downloading|Using cached) (\S+?)-\d\S* ?(\(.*\))?")
 _BUILDING = re.compile(r"\s*Building wheel for (\S+)")
 _NO_SPACE = re.compile(
@@ -270,9 +272,11 @@ class _Pip:
 
     def _read(self, line: str, task: Task) -> None:
         self._lines.append(line)
-        if (found := _COLLECTED.match(line)) and (name := normal(found[1])) in self._pins and name not in self.seen:
-            self.seen.add(name)
-            task.advance(1, found[1])
+        if found := _COLLECTED.match(line):
+            name = normal(found[1] or found[2])
+            if name in self._pins and name not in self.seen:
+                self.seen.add(name)
+                task.advance(1, name)
         elif found := _LOADING.match(line):
             task.advance(0, f"{found[1]} {found[2] or ''}".strip())
         elif found := _BUILDING.match(line):
