@@ -150,13 +150,13 @@ def edgetool(
 app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
-app.add_typer(gpus.app, name="gpus")
 app.add_typer(envs.app, name="envs")
+app.add_typer(gpus.app, name="gpus")
+app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("bench")(bench.bench)
 for _name, _function in {
     "convert": convert.convert,
     "eval": eval.eval,
-    "serve-gpu": serve_gpu.serve_gpu,
     "compile-vcu128": compile_vcu128.compile_vcu128,
     "serve-fpga": serve_fpga.serve_fpga,
 }.items():

@@ -352,7 +352,7 @@ def _arguments(value: object) -> object:
 class ServeGpuConfig(Section):
     """Settings of `edgetool serve-gpu`."""
 
-    uses = ("scheduler",)
+    uses = ("scheduler", "envs")
 
     model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
     with_model: str | None = setting(
@@ -418,6 +418,12 @@ class ServeGpuConfig(Section):
     detach: bool = setting(False, "return when it is ready and leave it running", "true or false")
     list_servers: bool = setting(False, "list the servers that run", "true or false", option="--list")
     stop: str | None = setting(None, "stop the server of this name", "a name from --list")
+    state_dir: HomePath = setting(
+        Path("~/.local/state/edgetool/servers"),
+        "where running servers are listed and their logs kept ($XDG_STATE_HOME/edgetool/servers when that is set)",
+        "a directory",
+        option="",
+    )
     revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
     extra: Annotated[tuple[str, ...], BeforeValidator(_arguments)] = setting(
         (), "arguments for vLLM, after --", "a list of arguments", option=""

@@ -51,7 +51,9 @@ def gather(
     cache = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
     data = Path(environ["XDG_DATA_HOME"]) if environ.get("XDG_DATA_HOME") else home / ".local" / "share"
     settings.values["common"] = {"cache_dir": cache / "edgetool"}
+    state = Path(environ["XDG_STATE_HOME"]) if environ.get("XDG_STATE_HOME") else home / ".local" / "state"
     settings.values["envs"] = {"directory": data / "edgetool" / "envs"}
+    settings.values["serve_gpu"] = {"state_dir": state / "edgetool" / "servers"}
     for section, table in from_file.items():
         for key, value in table.items():
             if value is not None:

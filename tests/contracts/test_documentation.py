@@ -19,7 +19,7 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-BUILT = ["quantize", "inspect", "demo", "bench", "gpus"]
+BUILT = ["quantize", "inspect", "demo", "bench", "gpus", "serve-gpu"]
 
 FETCH_NOTHING = {"bench", "gpus"}
 """Commands that take no model: an option that does nothing would only mislead."""
@@ -29,6 +29,12 @@ def every_parameter(command: str) -> list[Any]:
     """Of the command and of its sub-commands, which read the same section."""
     parsed = [COMMANDS[command], *getattr(COMMANDS[command], "commands", {}).values()]
     return [parameter for one in parsed for parameter in one.params]
+
+
+def settings_of(command: str) -> list[tuple[str, Any]]:
+    """Name and field of every setting that the command may read: its own and those of all commands."""
+    sections = SECTIONS["common"], SECTIONS[command.replace("-", "_")]
+    return [item for section in sections for item in section.model_fields.items()]
 
 
 def parameters(command: str) -> dict[str, Any]:
@@ -56,7 +62,9 @@ def test_there_are_recipes_in_both_languages() -> None:
 
 @pytest.mark.parametrize("command", BUILT)
 def test_every_option_is_a_setting_and_defaults_to_not_given(command: str) -> None:
-    known = {key_of(*item) for name in ("common", command) for item in SECTIONS[name].model_fields.items()}
+    known = {
+        key_of(*item) for name in ("common", command.replace("-", "_")) for item in SECTIONS[name].model_fields.items()
+    }
     for name, parameter in parameters(command).items():
         assert name in known
         assert parameter.default is None
@@ -65,7 +73,7 @@ def test_every_option_is_a_setting_and_defaults_to_not_given(command: str) -> No
 @pytest.mark.parametrize("command", BUILT)
 def test_every_setting_with_an_option_has_it(command: str) -> None:
     spelled = {spelling for p in every_parameter(command) for spelling in (*p.opts, *p.secondary_opts, p.metavar)}
-    for item in (*SECTIONS["common"].model_fields.items(), *SECTIONS[command].model_fields.items()):
+    for item in settings_of(command):
         if command in FETCH_NOTHING and item[0] in ("cache_dir", "offline"):
             continue
         assert not option_of(*item) or option_of(*item) in spelled
@@ -80,7 +88,9 @@ def as_typed(default: object) -> str:
 
 @pytest.mark.parametrize("command", BUILT)
 def test_defaults_in_help_texts_are_those_of_the_configuration(command: str) -> None:
-    fields = {key_of(*i): i[1] for name in ("common", command) for i in SECTIONS[name].model_fields.items()}
+    fields = {
+        key_of(*i): i[1] for name in ("common", command.replace("-", "_")) for i in SECTIONS[name].model_fields.items()
+    }
     for name, parameter in parameters(command).items():
         default = fields[name].default
         stated = re.search(r"\[default: (.+)\]", parameter.help)

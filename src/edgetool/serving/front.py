@@ -13,7 +13,6 @@ import socket as sockets
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgetool.serving.auth import RequireKey
+from edgetool.serving.jobs import FrontJob
 from edgetool.serving.proxy import Proxy, engine_client
 
 PREDICT_TOKENS = 256
@@ -30,32 +30,13 @@ PREDICT_AT_ONCE = 256
 """Prompts of one /predict that are with the engine at the same time."""
 
 
-@dataclass(frozen=True)
-class FrontJob:
-    """What the front is told.
-
-    listen_fd: number of an inherited, bound TCP socket. engine_socket: where the engine listens. chat: whether the
-    model has a chat template, so that a prompt is a question. batch: what `GET /` says /predict should be sent.
-    """
-
-    key: str
-    listen_fd: int
-    engine_socket: str
-    served_model_name: str
-    chat: bool
-    batch: bool = False
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
 class Prediction(BaseModel):
     """The body of POST /predict."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: str | list[str]
     max_tokens: int = Field(PREDICT_TOKENS, ge=1)
-    temperature: float | None = Field(None, ge=0)
+    temperature: float = Field(0.0, ge=0)  # the same answer each time, unless asked otherwise
     seed: int | None = None
     stop: str | list[str] | None = None
 

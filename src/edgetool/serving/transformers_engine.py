@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from edgetool.serving.auth import RequireKey
 from edgetool.serving.decode import Decoder, Piece, Sampling
+from edgetool.serving.jobs import EngineJob
 from edgetool.serving.openai_api import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
@@ -33,24 +34,6 @@ from edgetool.serving.openai_api import (
 )
 
 READY_LINE = "transformers engine: answering"
-
-
-@dataclass(frozen=True)
-class EngineJob:
-    """What the engine is told. It listens on the Unix socket `socket` or, without one, on `listen_fd`."""
-
-    model: str
-    key: str
-    served_model_name: str
-    max_model_len: int
-    dtype: str
-    device: str
-    socket: str | None = None
-    listen_fd: int | None = None
-    threads: int | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 class Refused(Exception):

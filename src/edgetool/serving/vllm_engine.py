@@ -1,4 +1,4 @@
-"""How vLLM is started: its command line, its environment, and what its log says about how far it has come.
+"""How vLLM is started: its command line and its environment.
 
 Written for vLLM 0.32, and its CPU build. Nothing of vLLM is imported: it lives in an environment of its own.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +14,6 @@ from pathlib import Path
 from edgetool.errors import ConfigError
 
 _GIB = 2**30
-
-PHASES: tuple[tuple[str, str], ...] = (
-    ("Resolved architecture", "reading the configuration"),
-    ("Initializing a V1 LLM engine", "starting the engine"),
-    ("Starting to load model", "building the model"),
-    (r"Loading safetensors.*Completed", "loading weights"),
-    ("Loading weights took", "preparing weights"),
-    (r"torch\.compile takes|Warming up|Capturing CUDA graphs", "warming up"),
-    ("KV cache size", "making the key-value cache"),
-    (r"init engine .* took", "starting the server"),
-    ("Application startup complete", "answering"),
-)
-"""Pattern of a log line -> what goes on from there, in the order in which they come."""
 
 OURS = {
     "--model": "give the model as the argument of serve-gpu",
@@ -65,6 +51,7 @@ class Start:
     host: str = "127.0.0.1"
     port: int = 0
     distributed: str | None = None
+    shutdown_timeout_s: int = 0
     extra: Sequence[str] = field(default_factory=tuple)
 
 
@@ -84,6 +71,8 @@ def command(start: Start) -> list[str]:
         line += ["--kv-cache-dtype", start.kv_cache_dtype]
     if start.distributed is not None:
         line += ["--distributed-executor-backend", start.distributed]
+    if start.shutdown_timeout_s:
+        line += ["--shutdown-timeout", str(start.shutdown_timeout_s)]  # answers under way may end
     if start.device == "cpu":
         line += ["--enforce-eager"]
     else:
@@ -119,20 +108,3 @@ def check_extra(extra: Sequence[str]) -> None:
         name = argument.partition("=")[0].replace("_", "-")
         if name in OURS:
             raise ConfigError(f"{argument!r} after -- would contradict what serve-gpu gives to vLLM", OURS[name])
-
-
-class PhaseReader:
-    """Follows vLLM's log: `read(line)` tells the number of phases passed, and the words for the newest."""
-
-    def __init__(self) -> None:
-        self.passed = 0
-        self._patterns = [(re.compile(pattern), words) for pattern, words in PHASES]
-
-    def read(self, line: str) -> tuple[int, str] | None:
-        """(phases newly passed, words) when `line` marks one that comes later than those seen; else None."""
-        for number in range(self.passed, len(self._patterns)):
-            pattern, words = self._patterns[number]
-            if pattern.search(line):
-                newly, self.passed = number + 1 - self.passed, number + 1
-                return newly, words
-        return None

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edgetool.serving.front import FrontJob, make_app
+from edgetool.serving.front import make_app
+from edgetool.serving.jobs import FrontJob
 from edgetool.serving.proxy import engine_client
 from tests.fakes.openai_server import Running, Stranger
 
@@ -167,7 +168,7 @@ def test_predict_asks_a_model_without_chat_template_for_a_completion(engine, eng
         client.post("/predict", json={"prompt": "once", "temperature": 0, "stop": "\n"})
     path, body, _ = engine.seen[-1]
     assert path == "/v1/completions"
-    assert body == {"model": "fake", "prompt": "once", "max_tokens": 256, "temperature": 0, "stop": "\n"}
+    assert body == {"model": "fake", "prompt": "once", "max_tokens": 256, "temperature": 0.0, "stop": "\n"}
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": 5}, {"prompt": ["a", 5]}, {"promt": "a"}, {"prompt": "a", "n": 2}])
