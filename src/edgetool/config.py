@@ -406,8 +406,11 @@ class ServeGpuConfig(Section):
     ready_timeout_s: Duration = setting(
         900.0, "time that the server gets to become ready", "a time such as 900 or 15m", option="--ready-timeout"
     )
+    drain_s: Duration = setting(
+        0.0, "time that answers under way get to end when it is stopped", "a time such as 30 or 1m", option="--drain"
+    )
     grace_s: Duration = setting(
-        10.0, "time that answers under way get when it is stopped", "a time such as 10 or 1m", option="--grace"
+        10.0, "time after that until what still runs is killed", "a time such as 10 or 1m", option="--grace"
     )
     restarts: Annotated[int, BeforeValidator(_only_numbers), Field(ge=0)] = setting(
         0, "start the engine again so often when it fails", "a number of at least 0"

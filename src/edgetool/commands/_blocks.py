@@ -33,7 +33,7 @@ def shown(key: str, value: Any) -> str:
                 return reader(value)
         if isinstance(value, float):
             return f"{value:.4g}"
-        # grouping helps with 134,515,008 parameters, and would only disturb in bits, group sizes and names such as ports
+        # grouping helps with 134,515,008 parameters; it would only disturb in bits, group sizes and ports
         return f"{value:,}" if abs(value) >= 10_000 and not key.endswith(("pid", "port")) else str(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{words(str(name))} {shown(str(name), item)}" for name, item in value.items())

@@ -89,9 +89,12 @@ def serve_gpu(
     ready_timeout_s: Annotated[
         str | None, Option("--ready-timeout", metavar="TIME", help="Time to become ready in [default: 900].")
     ] = None,
-    grace_s: Annotated[
+    drain_s: Annotated[
         str | None,
-        Option("--grace", metavar="TIME", help="Time for answers under way when it is stopped [default: 10]."),
+        Option("--drain", metavar="TIME", help="Time for answers under way to end when it is stopped [default: 0]."),
+    ] = None,
+    grace_s: Annotated[
+        str | None, Option("--grace", metavar="TIME", help="Time after that until it is killed [default: 10].")
     ] = None,
     restarts: Annotated[
         int | None, Option("--restarts", metavar="N", help="Start a failed engine again so often [default: 0].")
@@ -130,7 +133,7 @@ def serve_gpu(
             result = {"servers": [_listed(record) for record in registry.records()]}
             this.result(result, _list_blocks(result["servers"]))
         elif settings.stop is not None:
-            result = registry.stop(settings.stop, settings.grace_s + 30)
+            result = registry.stop(settings.stop, settings.drain_s + settings.grace_s + 30)
             this.result(result, _facts("stopped", result))
         elif not settings.model:
             raise UsageError("serve-gpu needs MODEL", "edgetool serve-gpu --help")

@@ -38,6 +38,7 @@ class EngineJob:
     socket: str | None = None
     listen_fd: int | None = None
     threads: int | None = None
+    drain_s: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

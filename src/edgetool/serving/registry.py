@@ -21,6 +21,7 @@ from typing import Any
 
 from edgetool.errors import BadInput, ConfigError, ResourceUnavailable
 from edgetool.process_tree import ProcessId, alive, identify
+from edgetool.serving import shared_memory
 
 _SUFFIX = ".json"
 
@@ -31,6 +32,7 @@ class Record:
 
     pid, start_ticks: its process. state: starting or ready. servers: as in its JSON result, without the key.
     scratch: a directory of its own for sockets and temporary files. start_unix_s: when it was asked for.
+    shared_memory: names of segments that its processes use.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Record:
     scratch: str
     log: str
     servers: tuple[dict[str, Any], ...] = field(default_factory=tuple)
+    shared_memory: tuple[str, ...] = field(default_factory=tuple)
 
     @property
     def process(self) -> ProcessId:
@@ -86,9 +89,9 @@ class Registry:
         """Where the engine of a server writes."""
         return self.directory / "logs" / f"{name}.log"
 
-    def ready(self, record: Record, servers: list[dict[str, Any]]) -> Record:
-        """Write down that a server answers."""
-        record = replace(record, state="ready", servers=tuple(servers))
+    def ready(self, record: Record, servers: list[dict[str, Any]], shared_memory: list[str]) -> Record:
+        """Write down that a server answers, and what shared memory it uses."""
+        record = replace(record, state="ready", servers=tuple(servers), shared_memory=tuple(shared_memory))
         with self._locked():
             self._write(record)
         return record
@@ -163,6 +166,7 @@ class Registry:
         now = _read(path)
         if now is not None and now.process == record.process:  # the name may have a new owner by now
             path.unlink(missing_ok=True)
+            shared_memory.remove(now.shared_memory)
         scratch = Path(record.scratch)
         if scratch.name.startswith("edgetool-"):  # what is removed comes from a file
             shutil.rmtree(scratch, ignore_errors=True)
@@ -172,6 +176,7 @@ def _read(path: Path) -> Record | None:
     """The record in a file; None where there is none, or not one of ours."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return Record(**{**document, "servers": tuple(document["servers"])})
+        lists = {name: tuple(document[name]) for name in ("servers", "shared_memory")}
+        return Record(**{**document, **lists})
     except (OSError, ValueError, TypeError, KeyError):
         return None

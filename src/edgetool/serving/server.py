@@ -144,7 +144,6 @@ class Server:
 
     def _vllm(self, interpreters: Interpreters) -> tuple[list[str], dict[str, str], bytes | None]:
         allowed, settings = self.plan.allowed, self.settings
-        grace_s = max(0, int(settings.grace_s) - 2)
         start = vllm_engine.Start(
             python=interpreters.engine,
             model=self.plan.checkpoint.directory,
@@ -160,7 +159,7 @@ class Server:
             host=settings.host,
             port=self.port,
             distributed=settings.distributed,
-            shutdown_timeout_s=grace_s,
+            shutdown_timeout_s=int(settings.drain_s),
             extra=settings.extra,
         )
         environment = vllm_engine.environment(start, self.key, os.environ, scratch=self.scratch)
@@ -185,6 +184,7 @@ class Server:
             socket=str(self.socket_path) if settings.front else None,
             listen_fd=None if settings.front else self.listening.fileno(),
             threads=settings.threads,
+            drain_s=settings.drain_s,
         )
         command = [sys.executable, "-m", "edgetool.serving.transformers_engine"]
         return command, _own_environment(self.lease), job.to_json().encode()

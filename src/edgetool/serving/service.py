@@ -19,7 +19,7 @@ from edgetool.errors import BackendFailed, ConfigError, MissingDependency, Resou
 from edgetool.process import describe
 from edgetool.progress import Progress
 from edgetool.scheduler import from_config
-from edgetool.serving import vllm_engine
+from edgetool.serving import shared_memory, vllm_engine
 from edgetool.serving.auth import new_key
 from edgetool.serving.plan import Plan, make_plan, resolve
 from edgetool.serving.registry import Record, Registry
@@ -122,9 +122,9 @@ def serve(config: Config, progress: Progress, announce: Announce) -> None:
             _start(plan, number, config, key, record, interpreters, progress, held) for number, plan in enumerate(plans)
         ]
         documents = [_document(server, record, number) for number, server in enumerate(servers)]
-        registry.ready(record, documents)
+        registry.ready(record, documents, _segments(servers))
         announce(_result(documents, key))
-        _keep(servers, record, interpreters, progress)
+        _keep(servers, record, interpreters, registry, progress)
 
 
 def _start(
@@ -144,7 +144,7 @@ def _start(
     scratch = Path(record.scratch) / str(number)
     scratch.mkdir()
     server = Server(plan, settings, key.text, lease, listening, scratch)
-    held.callback(server.stop, settings.grace_s)
+    held.callback(server.stop, settings.drain_s + settings.grace_s)
     server.start(interpreters, _log(record, number), progress)
     return server
 
@@ -154,7 +154,14 @@ def _log(record: Record, number: int) -> Path:
     return log.with_suffix(".original.log") if number else log
 
 
-def _keep(servers: list[Server], record: Record, interpreters: Interpreters, progress: Progress) -> None:
+def _segments(servers: list[Server]) -> list[str]:
+    trees = [server.engine.tree() for server in servers if server.engine is not None]
+    return shared_memory.segments(process.pid for tree in trees for process in tree)
+
+
+def _keep(
+    servers: list[Server], record: Record, interpreters: Interpreters, registry: Registry, progress: Progress
+) -> None:
     restarts, pause_s = 0, _FIRST_PAUSE_S
     while True:
         for number, server in enumerate(servers):
@@ -174,6 +181,8 @@ def _keep(servers: list[Server], record: Record, interpreters: Interpreters, pro
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             server.start_engine(interpreters, _log(record, number), progress)
+            documents = [_document(one, record, place) for place, one in enumerate(servers)]
+            registry.ready(record, documents, _segments(servers))
             progress.note(f"{server.url} answers again")
         time.sleep(_LOOK_S)
 

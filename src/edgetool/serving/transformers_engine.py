@@ -273,7 +273,9 @@ def main() -> None:
     except EdgetoolError as failure:
         print(f"error: {failure.message}", file=sys.stderr)
         raise SystemExit(failure.exit_code) from None
-    settings = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=2, uds=job.socket)
+    settings = uvicorn.Config(
+        app, access_log=False, log_level="warning", timeout_graceful_shutdown=1 + int(job.drain_s), uds=job.socket
+    )
     listening = [sockets.socket(fileno=job.listen_fd)] if job.socket is None and job.listen_fd is not None else None
     print(READY_LINE, file=sys.stderr, flush=True)
     uvicorn.Server(settings).run(sockets=listening)
