@@ -63,6 +63,7 @@ _NO_NETWORK = re.compile(
     r"|Network is unreachable|ProxyError|Connection refused|Connection reset|RemoteDisconnected|Could not fetch URL"
     r"|IncompleteRead|Connection aborted|Connection broken|SSLError|getaddrinfo failed"
 )
+_NO_VERSIONS = re.compile(r"Could not find a version that satisfies the requirement (\S+) .*\(from versions: none\)")
 _NOT_THERE = re.compile(r"No matching distribution found for (\S+)")
 
 
@@ -199,7 +200,7 @@ def _build(
     pins = recipe.pins()
     with progress.task(f"install {recipe.name}", len(pins), "package") as task, as_file(recipe.file()) as listed:
         task.advance(0, f"making an environment with {base}")
-        pip.run([base, "-I", "-m", "venv", "--clear", place], task)
+        pip.run(venv_command(base, place), task)
         wanted = [pin for pin in [recipe.first] if pin in pins]
         for pin in wanted:
             # With its dependencies, for which build of it the index has is not known here; held to the list's versions.
@@ -222,6 +223,11 @@ def _build(
     os.sync()  # the stamp must not reach the disk before what it vouches for
     with place_errors(place):
         atomic_write(place / STAMP_NAME, json.dumps(stamp, indent=2).encode() + b"\n")
+
+
+def venv_command(base: Path, place: Path) -> list[str | Path]:
+    """What makes an empty environment."""
+    return [base, "-I", "-m", "venv", "--clear", place]
 
 
 class _Pip:
@@ -307,6 +313,11 @@ class _Pip:
             return ResourceUnavailable(
                 f"offline: {missing[1]} is not in {source or 'any directory given by --find-links'}{where}",
                 f"where there is a network: pip download -r {self.recipe.name}.txt -d DIR",
+            )
+        if none := _NO_VERSIONS.search(text):  # pip does not tell an index that is silent from one that is empty
+            return ResourceUnavailable(
+                f"the package index does not answer, or does not have {none[1]}: {name} could not be installed{where}",
+                "look at the network and at pip's settings (pip config list)",
             )
         return child.failure(f"{name} could not be installed")
 
