@@ -19,9 +19,9 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-BUILT = ["quantize", "inspect", "demo", "bench", "gpus", "serve-gpu"]
+BUILT = ["quantize", "inspect", "demo", "bench", "envs", "gpus", "serve-gpu"]
 
-FETCH_NOTHING = {"bench", "gpus"}
+FETCH_NOTHING = {"bench", "envs", "gpus"}
 """Commands that take no model: an option that does nothing would only mislead."""
 
 
