@@ -23,6 +23,7 @@ class Stranger:
     first_s, each_s: pauses before the first and each further piece. knows: extra fields it accepts, any other is a 400.
     tells_usage: whether it counts tokens; it calls each word a token, plus `template_tokens`. pieces_per_chunk: words
     sent in one event. cut_after: breaks a stream off after so many pieces. failing: answers 500 to all but /v1/models.
+    answer: what it says when it is not asked for a stream, in place of `text` again and again.
     """
 
     key: str | None = None
@@ -37,6 +38,7 @@ class Stranger:
     failing: bool = False
     healthy: bool = True
     text: str = "lorem"
+    answer: str | None = None
     seen: list[tuple[str, dict[str, Any], str | None]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -74,7 +76,7 @@ class Stranger:
         said = {"usage": usage} if self.tells_usage else {}
         if not body.get("stream"):
             await asyncio.sleep(self.first_s)
-            text = " ".join([self.text] * count) + f" ({prompt})"
+            text = self.answer or " ".join([self.text] * count) + f" ({prompt})"
             choice = {"message": {"content": text}} if chat else {"text": text}
             await _json(send, 200, {"choices": [{"index": 0, **choice}], **said})
             return
