@@ -23,6 +23,9 @@ LEASE_VARIABLE = "EDGETOOL_LEASE"
 KILL_LIMIT_S = 5.0
 """How long killed processes are waited for; one that outlives it hangs in the kernel (a driver, a network disk)."""
 
+TRACKER_GRACE_S = 1.0
+"""What a resource tracker gets after the others have been killed."""
+
 
 class ProcessId(NamedTuple):
     """A process of this boot: its number, and its start time in clock ticks after boot."""
@@ -140,6 +143,18 @@ def send(process: ProcessId, number: int) -> bool:
     return True
 
 
+def is_resource_tracker(pid: int) -> bool:
+    """Whether this is Python's multiprocessing.resource_tracker.
+
+    It ignores SIGTERM, ends when the last process it works for has ended, and then removes the shared memory and the
+    semaphores that those have left behind. Killed with them, it would leave that memory taken until the next boot.
+    """
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 class End(NamedTuple):
     """How a tree ended."""
 
@@ -161,7 +176,7 @@ def end_tree(
 
     `main` is asked first (SIGTERM), alone, so that it can end the others in its own order; when it is gone, or after
     half of the grace, all are asked. From `deadline` on (a time of time.monotonic(), which may move while this runs)
-    they are killed. `wait` is called between looks at the tree.
+    they are killed, resource trackers last. `wait` is called between looks at the tree.
     """
     begun = time.monotonic()
     seen: set[ProcessId] = set()
@@ -170,12 +185,13 @@ def end_tree(
     while left := set(find()):
         seen |= left
         now, end = time.monotonic(), deadline()
-        if now >= end + KILL_LIMIT_S and killed >= left:
+        if now >= end + KILL_LIMIT_S and now >= begun + KILL_LIMIT_S:
             break
         if now >= end:
-            for process in left:
+            spared = {p for p in left if now < end + TRACKER_GRACE_S and is_resource_tracker(p.pid)}
+            for process in left - spared:
                 send(process, signal.SIGKILL)
-            killed |= left
+            killed |= left - spared
         else:
             called = {main} if main is not None and main in left and now < (begun + end) / 2 else left
             for process in called - asked:

@@ -7,6 +7,7 @@ Each prints `ready` when it is complete. All of them sleep for ten minutes when 
     stubborn   as deep, and nobody listens to SIGTERM
     faceless   as deep, and the orphan was started with an empty environment
     forking    a process that is replaced by a copy of itself a hundred times a second
+    sharing    it has shared memory, whose name it writes to MARK, and nobody of it listens to SIGTERM
     orderly    on SIGTERM it writes `main` to MARK, then its child ends, which writes `child` when it gets a SIGTERM
 """
 
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,9 +76,18 @@ def orderly(mark: Path) -> None:
     signal.signal(signal.SIGTERM, on_sigterm)
 
 
+def share(mark: Path) -> shared_memory.SharedMemory:
+    memory = shared_memory.SharedMemory(create=True, size=4096)
+    mark.write_text(memory.name)
+    return memory
+
+
 def main() -> None:
     kind = sys.argv[1]
-    ignore = kind == "stubborn"
+    ignore = kind in {"stubborn", "sharing"}
+    if kind == "sharing":
+        kept = share(Path(sys.argv[2]))
+        fork_sleeper(ignore)
     if kind in {"deep", "stubborn", "faceless"}:
         fork_sleeper(ignore)
         fork_sleeper(ignore, session=True)
@@ -88,6 +99,7 @@ def main() -> None:
         forking()
     print("ready", flush=True)
     sleep_on(ignore)
+    del kept  # its memory lives as long as it
 
 
 if __name__ == "__main__":

@@ -89,6 +89,17 @@ def test_the_main_process_is_asked_first_and_the_others_when_it_is_gone(tmp_path
     assert (ended.returncode, ended.killed, mark.read_text()) == (3, (), "main child ")
 
 
+@pytest.mark.parametrize("killed", ["main", "guard", "nobody"])
+def test_shared_memory_of_a_tree_that_is_killed_is_freed(tmp_path: Path, killed: str) -> None:
+    child = start_family(tmp_path, "sharing", tmp_path / "name")
+    memory = Path("/dev/shm") / (tmp_path / "name").read_text().lstrip("/")
+    assert memory.exists()
+    if killed != "nobody":
+        os.kill(child.pid if killed == "main" else child._guard.pid, signal.SIGKILL)
+    assert child.stop(grace_s=0.2).left == ()
+    assert not memory.exists()
+
+
 def test_a_second_stop_shortens_the_grace_of_the_first(tmp_path: Path) -> None:
     child = start_family(tmp_path, "stubborn")
     patient = threading.Thread(target=child.stop, args=(3600.0,))
