@@ -141,7 +141,7 @@ class CommonConfig(Section):
 
     def server_key(self) -> str | None:
         """The key of servers in clear; None when none was given."""
-        return self.api_key.get_secret_value() if self.api_key else None
+        return None if self.api_key is None else self.api_key.get_secret_value()
 
     def token(self) -> str | None:
         """The hub token in clear, for the call that needs it and nothing else; None when there is none."""
@@ -487,7 +487,7 @@ class BenchConfig(Section):
 
     def second_key(self) -> str | None:
         """The key of the second endpoint in clear; None when none was given."""
-        return self.against_key.get_secret_value() if self.against_key else None
+        return None if self.against_key is None else self.against_key.get_secret_value()
 
 
 class Config(Section):

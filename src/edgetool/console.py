@@ -55,6 +55,7 @@ class Output:
         self.progress_mode = "auto"
         self._stdout: TextIO | None = None
         self._saved_fd: int | None = None
+        self._said = False
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
@@ -111,7 +112,7 @@ class Output:
             _tolerate_any_text(sys.stderr)
             sys.stderr.write(f"{strong}error:{plain} {message}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
-        if self.json:
+        if self.json and not self._said:  # a server that fails after it said that it is ready has given its document
             self._print({"schema": self.schema, "ok": False, **error})
 
     def error(self, error: EdgetoolError) -> None:
@@ -121,6 +122,7 @@ class Output:
     def _print(self, document: Mapping[str, Any]) -> None:
         # ASCII only, so that no locale can refuse it; NaN and infinity are not JSON, and become null.
         stream = self._stdout or sys.stdout
+        self._said = True
         stream.write(json.dumps(_strict(document), indent=2, allow_nan=False, default=str) + "\n")
         stream.flush()
 
