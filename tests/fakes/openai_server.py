@@ -108,17 +108,15 @@ class Running:
         config = uvicorn.Config(app, log_level="critical", lifespan="auto", port=0, uds=str(socket) if socket else None)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
-
-    @property
-    def url(self) -> str:
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}"
+        self.url = ""
 
     def __enter__(self) -> Running:
         self._thread.start()
         while not self._server.started:
             assert self._thread.is_alive()
             time.sleep(0.005)
+        address = self._server.servers[0].sockets[0].getsockname()
+        self.url = f"http://127.0.0.1:{address[1]}" if isinstance(address, tuple) else ""
         return self
 
     def __exit__(self, *_: object) -> None:
