@@ -47,20 +47,25 @@ def reap(
         return orphans(directory.scan().leases, directory.path, uid)
 
     before = inventory()
+    freed = [e.record.id for e in directory.scan().leases if e.uid == uid and e.held and e.orphaned]
     # remembered from each look on: a process that has ended cannot be asked any more
     seen: dict[ProcessId, dict[str, Any]] = {}
 
+    begun = find()
+    # of leases that are lost now; those that get lost meanwhile are another call's, or this one might never end
+    lost = {*begun.values(), *freed}
+
     def targets() -> set[ProcessId]:
-        found = {process: lease for process, lease in find().items() if process.pid not in above}
+        orphaned = find().items()
+        found = {process: lease for process, lease in orphaned if lease in lost and process.pid not in above}
         for process, lease in found.items():
             if process not in seen:
                 seen[process] = _described(process, lease, before)
         return set(found)
 
-    spared = [_described(process, lease, before) for process, lease in find().items() if process.pid in above]
+    spared = [_described(process, lease, before) for process, lease in begun.items() if process.pid in above]
     if spared:
         progress.warn(f"spared, since this command runs below them: {_listing(spared)}")
-    freed = [e.record.id for e in directory.scan().leases if e.uid == uid and e.held and e.orphaned]
     if dry_run:
         targets()
         return _result(list(seen.values()), spared, freed, None, "would_reap")

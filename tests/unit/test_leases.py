@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,7 @@ import pytest
 from edgetool import leases
 from edgetool.errors import ConfigError, EdgetoolError, ResourceUnavailable
 from edgetool.leases import LeaseDirectory, Share, new_record, shown_command, write_record
-
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+from tests.fakes.other_user import NOBODY, as_root, in_a_child
 
 
 @pytest.fixture
@@ -27,29 +25,6 @@ def directory() -> Iterator[LeaseDirectory]:
     with tempfile.TemporaryDirectory() as made:
         Path(made).chmod(0o755)
         yield LeaseDirectory(Path(made) / "leases")
-
-
-def in_a_child(act: Callable[[], object], uid: int | None = None) -> str:
-    """What `act` returns or raises in a forked child, as text; as another user if `uid` is given."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        try:
-            if uid is not None:
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-            answer = repr(act())
-        except BaseException as error:
-            answer = f"{type(error).__name__}: {error}"
-        os.write(writing, answer.encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        answer = stream.read()
-    os.waitpid(child, 0)
-    return answer
 
 
 def add(directory: LeaseDirectory, command: str = "job") -> tuple[int, str]:
