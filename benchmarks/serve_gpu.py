@@ -2,10 +2,10 @@
 
     python benchmarks/serve_gpu.py CHECKPOINT [--vllm-python PYTHON] [--starts 3] [--json table.json]
 
-Both get the same checkpoint, dtype, context and cache. Starts take turns (by hand, edgetool, edgetool, by hand ...), so
-that a machine that gets slower meets both. edgetool says that it is ready when it has also asked for one answer; by hand
-the same answer is asked for after /health, and the sums are compared. Then both run at once and `edgetool bench` measures
-them in turns, so the difference is the front and nothing else.
+Both get the same checkpoint, dtype, context and cache. Starts take turns (by hand, edgetool, edgetool, by hand ...),
+so that a machine that gets slower meets both. edgetool says that it is ready when it has also asked for one answer; by
+hand the same answer is asked for after /health, and the sums are compared. Then both run at once and `edgetool bench`
+measures them in turns, so the difference is the front and nothing else.
 """
 
 from __future__ import annotations
