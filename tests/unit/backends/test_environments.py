@@ -15,9 +15,9 @@ from typing import Any, get_args
 import pytest
 
 from edgetool.backends import environments
-from edgetool.backends.doctor import examine
+from edgetool.backends.doctor import _driver, driver_version, examine
 from edgetool.backends.environments import RECIPES, STAMP_NAME, Recipe, look, normal, probe, recipe_of, use
-from edgetool.backends.installer import remove
+from edgetool.backends.installer import remove, without_cuda
 from edgetool.config import EnvironmentName, EnvsConfig, load
 from edgetool.errors import ConfigError, EdgetoolError, MissingDependency, ResourceUnavailable, UsageError
 from tests.fakes import tiny_environment
@@ -276,7 +276,7 @@ def test_doctor_says_what_keeps_an_environment_from_being_installed(tmp_path: Pa
     found = examine(
         replace(RECIPES["vllm"], python=((4, 0), (4, 1)), disk_bytes=10**18), EnvsConfig(directory=tmp_path)
     )
-    failed = [check["check"] for check in found["checks"] if not check["ok"] and check["check"] != "NVIDIA driver"]
+    failed = [check["check"] for check in found["checks"] if not check["ok"] and "NVIDIA" not in check["check"]]
     assert failed[:2] == ["state", "Python 4.0 to 4.1"]
     assert failed[2].endswith("of disk")
     assert (found["usable"], found["installable"]) == (False, False)
@@ -288,3 +288,31 @@ def test_errors_about_the_place_are_errors_of_the_place(tmp_path: Path) -> None:
     assert refused.value.exit_code == 4
     with pytest.raises(ResourceUnavailable, match="is full"), environments.place_errors(tmp_path):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC\n",
+            "535.104.05",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x)\n", "580.65.06"),
+        ("something else\n", ""),
+    ],
+)
+def test_the_version_of_the_driver_is_read(tmp_path: Path, text: str, version: str) -> None:
+    (tmp_path / "version").write_text(text)
+    assert driver_version(tmp_path / "version") == version
+    assert driver_version(tmp_path / "absent") == ""
+
+
+def test_a_driver_has_to_be_new_enough_for_the_cuda_of_torch() -> None:
+    verdicts = [(_driver("13.0", v).ok, _driver("12.1", v).ok) for v in (None, "", "470.2", "535.104.05", "580.65")]
+    assert verdicts == [(False, False), (True, True), (False, False), (False, True), (True, True)]
+
+
+def test_a_torch_without_cuda_is_noticed_where_it_matters() -> None:
+    assert without_cuda(RECIPES["vllm"], {"torch": "2.13.0+cpu", "other": "1.0+cpu"}) == ["torch 2.13.0+cpu"]
+    assert without_cuda(RECIPES["vllm"], {"torch": "2.13.0", "torchvision": "0.28.0+cu130"}) == []
+    assert without_cuda(RECIPES["vllm-cpu"], {"torch": "2.13.0+cpu"}) == []
