@@ -151,11 +151,14 @@ def test_a_second_server_beside_it_has_its_own_port_and_name(running: Served, mo
     assert httpx.get(f"{running.ready()['url']}/health").status_code == 200
 
 
-def test_sigkill_of_edgetool_leaves_nothing_running_and_nothing_taken(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_sigkill_of_edgetool_and_a_closed_terminal_leave_nothing_running_and_nothing_taken(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     with Served(tmp_path, str(model), *TINY) as served:
         document = served.ready()
         assert len(served.processes()) >= 5
-        served.process.kill()
+        served.process.send_signal(number)
         served.wait()
         assert served.left(5.0) == []
         assert is_free(document["port"])
@@ -192,6 +195,21 @@ def test_a_signal_in_mid_stream_ends_the_stream_with_an_error_and_everything_els
         assert served.left(2.0) == []
         assert is_free(document["port"])
         assert json.loads(served.output.read_text())["ok"] is True  # one document and no second one
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_an_end_in_the_middle_of_the_start_leaves_nothing(
+    model: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    with Served(tmp_path, str(model), *TINY) as served:
+        _until(lambda: len(served.processes()) >= 5)
+        served.process.send_signal(number)
+        assert served.wait() == code
+        assert served.left(5.0) == []
+        if number == signal.SIGTERM:
+            assert json.loads(served.output.read_text())["type"] == "Terminated"
+        assert json.loads(served.edgetool("serve-gpu", "--list", "--json").stdout)["servers"] == []
+        assert leases(served) == []
 
 
 def test_an_engine_that_is_killed_is_a_failed_backend_with_its_log(model: Path, tmp_path: Path) -> None:

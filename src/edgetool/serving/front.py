@@ -106,7 +106,15 @@ def main() -> None:
     job = FrontJob(**json.loads(sys.stdin.read()))
     listening = sockets.socket(fileno=job.listen_fd)
     app = make_app(job, engine_client(Path(job.engine_socket), job.key))
-    settings = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
+    # the engine's own Date and Server headers pass through, so none are added
+    settings = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        server_header=False,
+        date_header=False,
+    )
     uvicorn.Server(settings).run(sockets=[listening])
 
 

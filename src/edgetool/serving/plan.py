@@ -91,6 +91,9 @@ def make_plan(
             raise ResourceUnavailable(f"class {settings.gpu_class} of GPUs was asked for, and there is no GPU")
         device = Device(None, max(0, available_bytes() - taken_bytes), "this machine's CPU")
         allowed = check(checkpoint, found, demand, device)
+        if settings.device == "auto" and inventory.gpus:
+            why = "; ".join(f"{gpu.name}: {gpu.error or 'in MIG mode'}" for gpu in inventory.gpus)
+            allowed = replace(allowed, warnings=(*allowed.warnings, f"no GPU can be used ({why}): the CPU serves"))
         return replace(part, allowed=allowed, requests=(Request(),))
     return _on_gpus(part, demand, settings, inventory, shared=shared)
 

@@ -16,7 +16,7 @@ from edgetool.backends import environments
 from edgetool.config import Config
 from edgetool.config_sources import COMMAND_LINE
 from edgetool.errors import BackendFailed, ConfigError, MissingDependency, ResourceUnavailable
-from edgetool.process import describe
+from edgetool.process import Restarts, describe
 from edgetool.progress import Progress
 from edgetool.scheduler import from_config
 from edgetool.serving import shared_memory, vllm_engine
@@ -29,8 +29,6 @@ from edgetool.serving.server import Interpreters, Server, lease_for
 Announce = Callable[[dict[str, Any]], None]
 
 _LOOK_S = 0.1
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 60.0
 _CONNECT_LIMIT_S = 3.0
 
 
@@ -162,7 +160,8 @@ def _segments(servers: list[Server]) -> list[str]:
 def _keep(
     servers: list[Server], record: Record, interpreters: Interpreters, registry: Registry, progress: Progress
 ) -> None:
-    restarts, pause_s = 0, _FIRST_PAUSE_S
+    restarts = [Restarts(server.settings.restarts) for server in servers]
+    ready_at = [time.monotonic() for _ in servers]
     while True:
         for number, server in enumerate(servers):
             if server.front is not None and server.front.poll() is not None:
@@ -173,14 +172,15 @@ def _keep(
                 continue
             what = f"the engine of {server.url} ended ({describe(code)})"
             failure = server.engine.failure(what)
-            if restarts >= server.settings.restarts:
-                again = f" after {restarts} restarts" if restarts else ""
+            pause_s = restarts[number].pause_after(time.monotonic() - ready_at[number])
+            count = restarts[number].count
+            if pause_s is None:
+                again = f" after {count} restarts" if count else ""
                 raise BackendFailed(failure.message.replace(what, what + again, 1))
-            restarts += 1
-            progress.warn(f"{what}; restart {restarts} of {server.settings.restarts} in {pause_s:.0f} s")
+            progress.warn(f"{what}; restart {count} of {server.settings.restarts} in {pause_s:.0f} s")
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             server.start_engine(interpreters, _log(record, number), progress)
+            ready_at[number] = time.monotonic()
             documents = [_document(one, record, place) for place, one in enumerate(servers)]
             registry.ready(record, documents, _segments(servers))
             progress.note(f"{server.url} answers again")
