@@ -26,12 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from edgetool.errors import BackendFailed, BadInput, MissingDependency, ResourceUnavailable
 from edgetool.process_guard import Order
 from edgetool.process_log import LogFollower, last_lines, open_log
-from edgetool.process_tree import LEASE_VARIABLE, TREE_VARIABLE, ProcessId, alive, carriers, end_tree, session_of
+from edgetool.process_tree import LEASE_VARIABLE, TREE_VARIABLE, ProcessId, carriers, end_tree, session_of
 
 GRACE_S = 10.0
 """How long a tree that is asked to end may take before it is killed."""
@@ -308,67 +308,28 @@ def describe(returncode: int) -> str:
         return f"killed by signal {-returncode}"
 
 
-@dataclass(frozen=True)
-class RestartPolicy:
-    """Whether a backend that fails is started again."""
+@dataclass
+class Restarts:
+    """Whether a backend that has failed is started again, and after which pause: one object for each backend."""
 
-    mode: Literal["never", "on-failure"] = "never"
-    limit: int = 3
-    """Restarts without a good stretch in between, before it is given up."""
+    limit: int
+    """Restarts without a good stretch in between, before it is given up; 0 = never started again."""
     backoff_s: float = 1.0
     """Pause before the first restart; it doubles with each, up to `backoff_limit_s`."""
     backoff_limit_s: float = 60.0
     good_after_s: float = 600.0
     """A run of this length counts as good: the next failure is the first again."""
+    count: int = 0
+    """Restarts since the last good stretch."""
 
-
-def keep_running(
-    start: Callable[[], Child],
-    policy: RestartPolicy,
-    stop: threading.Event,
-    *,
-    on_line: OnLine | None = None,
-    on_restart: Callable[[Child, int, float], None] | None = None,
-    grace_s: float = GRACE_S,
-) -> Ended:
-    """Run a backend until `stop` is set, it ends well, or the policy gives it up.
-
-    Args:
-        start: starts the backend and waits until it is ready; what it raises is raised.
-        on_restart: told the child that failed, which restart this is (from 1) and the pause in seconds before it.
-
-    Returns:
-        How the last child ended (with exit code 0, or after `stop`).
-
-    Raises:
-        BackendFailed: it failed and is not started again.
-    """
-    failures = 0
-    while True:
-        begun = time.monotonic()
-        with start() as child:
-            while (code := child.wait(_LOOK_S, on_line)) is None:
-                if stop.is_set():
-                    return child.stop(grace_s)
-        assert child.ended is not None
-        if code == 0 or stop.is_set():
-            return child.ended
-        if time.monotonic() - begun >= policy.good_after_s:
-            failures = 0
-        failures += 1
-        if policy.mode == "never" or failures > policy.limit:
-            again = f" and was restarted {failures - 1} times" if failures > 1 else ""
-            raise child.failure(f"process {child.pid} ended ({describe(code)}){again}")
-        pause_s = min(policy.backoff_s * 2 ** (failures - 1), policy.backoff_limit_s)
-        if on_restart is not None:
-            on_restart(child, failures, pause_s)
-        if stop.wait(pause_s):
-            return child.ended
-
-
-def survivors(processes: Sequence[ProcessId]) -> tuple[ProcessId, ...]:
-    """Those of `processes` that still run."""
-    return tuple(process for process in processes if alive(process))
+    def pause_after(self, ran_s: float) -> float | None:
+        """The pause in seconds after a failure of a backend that ran for `ran_s`; None: it is given up."""
+        if ran_s >= self.good_after_s:
+            self.count = 0
+        if self.count >= self.limit:
+            return None
+        self.count += 1
+        return float(min(self.backoff_s * 2 ** (self.count - 1), self.backoff_limit_s))
 
 
 def _followed(log: Path) -> LogFollower:

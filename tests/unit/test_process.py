@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from edgetool.errors import BackendFailed, BadInput, MissingDependency
-from edgetool.process import Child, LogRules, RestartPolicy, keep_running
+from edgetool.process import Child, LogRules, Restarts
 from edgetool.process_log import older
 from edgetool.process_tree import TREE_VARIABLE, alive, carriers, descendants, identify, reap
 from tests.fakes.supervisor import FAMILY
@@ -299,49 +299,33 @@ def test_what_cannot_be_started_is_said_in_a_sentence(tmp_path: Path) -> None:
         Child.start(["true"], log=tmp_path / "log" / "x")
 
 
-def counted(tmp_path: Path, failures: int) -> Callable[[], Child]:
-    """Starts a child that fails the first `failures` times."""
-    count = tmp_path / "count"
+def test_pauses_grow_up_to_a_limit_until_a_backend_is_given_up() -> None:
+    restarts = Restarts(limit=5, backoff_s=1.0, backoff_limit_s=6.0)
+    assert [restarts.pause_after(0.0) for _ in range(7)] == [1.0, 2.0, 4.0, 6.0, 6.0, None, None]
+    assert restarts.count == 5
+
+
+def test_a_good_stretch_makes_the_next_failure_the_first() -> None:
+    restarts = Restarts(limit=2, good_after_s=600.0)
+    assert [restarts.pause_after(ran_s) for ran_s in (1.0, 599.0, 600.0, 1.0, 1.0)] == [1.0, 2.0, 1.0, 2.0, None]
+
+
+def test_without_restarts_the_first_failure_is_the_end() -> None:
+    assert Restarts(limit=0).pause_after(1e9) is None
+
+
+def test_a_backend_that_fails_at_first_is_kept_running(tmp_path: Path) -> None:
+    count, restarts = tmp_path / "count", Restarts(limit=3, backoff_s=0.01)
     text = (
         f"import pathlib, sys; p = pathlib.Path({str(count)!r}); n = p.read_text() if p.exists() else ''\n"
-        f"p.write_text(n + 'x'); sys.exit(5 if len(n) < {failures} else 0)"
+        "p.write_text(n + 'x'); sys.exit(5 if len(n) < 3 else 0)"
     )
-    return lambda: Child.start(script(text), log=tmp_path / "log")
-
-
-def test_a_backend_that_fails_is_started_again_with_growing_pauses(tmp_path: Path) -> None:
-    pauses: list[tuple[int, float]] = []
-    policy = RestartPolicy("on-failure", limit=3, backoff_s=0.01)
-    ended = keep_running(
-        counted(tmp_path, 3), policy, threading.Event(), on_restart=lambda _, n, pause_s: pauses.append((n, pause_s))
-    )
-    assert ended.returncode == 0
-    assert pauses == [(1, 0.01), (2, 0.02), (3, 0.04)]
-
-
-def test_a_backend_that_fails_too_often_is_given_up(tmp_path: Path) -> None:
-    with pytest.raises(BackendFailed, match=r"exit code 5\) and was restarted 2 times"):
-        keep_running(counted(tmp_path, 9), RestartPolicy("on-failure", limit=2, backoff_s=0.01), threading.Event())
-    assert (tmp_path / "count").read_text() == "xxx"
-
-
-def test_a_long_good_run_makes_the_next_failure_the_first(tmp_path: Path) -> None:
-    policy = RestartPolicy("on-failure", limit=1, backoff_s=0.01, good_after_s=0.0)
-    assert keep_running(counted(tmp_path, 4), policy, threading.Event()).returncode == 0
-
-
-def test_without_a_policy_the_first_failure_is_the_end(tmp_path: Path) -> None:
-    with pytest.raises(BackendFailed, match="exit code 5"):
-        keep_running(counted(tmp_path, 1), RestartPolicy(), threading.Event())
-    assert (tmp_path / "count").read_text() == "x"
-
-
-def test_a_request_to_stop_ends_the_backend_or_the_pause(tmp_path: Path) -> None:
-    stop = threading.Event()
-    threading.Timer(0.3, stop.set).start()
-    ended = keep_running(lambda: start_family(tmp_path, "plain"), RestartPolicy("on-failure"), stop)
-    assert ended.returncode == -signal.SIGTERM
-    stop.clear()
-    policy = RestartPolicy("on-failure", backoff_s=3600.0, backoff_limit_s=3600.0)
-    ended = keep_running(counted(tmp_path, 9), policy, stop, on_restart=lambda *_: stop.set())
-    assert ended.returncode == 5
+    codes = []
+    while True:
+        with Child.start(script(text), log=tmp_path / "log") as child:
+            codes.append(child.wait(ENOUGH_S))
+        pause_s = restarts.pause_after(0.0) if codes[-1] else None
+        if pause_s is None:
+            break
+        time.sleep(pause_s)
+    assert codes == [5, 5, 5, 0]
