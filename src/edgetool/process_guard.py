@@ -145,7 +145,7 @@ class _Guard:
             self.turn(_LOOK_S)
         if self.status is not None:  # the main process has ended by itself: what it left behind has no work any more
             self.end_within(min(_LEFT_BEHIND_GRACE_S, self.order["grace_if_orphaned_s"]))
-        end = end_tree(self.find, self.main, lambda: self.deadline, self.turn)
+        end = end_tree(self.find, self.main, lambda: self.deadline, self.turn, self.childless)
         self.turn(0)
         self.say({"ended": {"status": self.status, "seen": end.seen, "killed": end.killed, "left": end.left}})
 
@@ -153,6 +153,14 @@ class _Guard:
         """The tree: everything below, and whatever else carries its token."""
         found = descendants(self.guard_pid) | carriers(self.order["token"])
         return {process for process in found if process.pid not in (self.guard_pid, self.order["parent"])}
+
+    def childless(self) -> bool:
+        """Whether nothing is below. All orphans come here, so a tree that lives has a child of ours at its root."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        return False
 
     def turn(self, timeout_s: float) -> None:
         """Wait for `timeout_s`, or until a child has ended or the tree has to; log, commands and edgetool's end."""
@@ -244,5 +252,5 @@ def main() -> None:
     except BaseException:
         if guard.log:
             guard.log.write(traceback.format_exc().encode())
-        end_tree(guard.find, guard.main, lambda: 0.0, guard.turn)
+        end_tree(guard.find, guard.main, lambda: 0.0, guard.turn, guard.childless)
         raise

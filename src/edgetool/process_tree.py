@@ -23,6 +23,8 @@ LEASE_VARIABLE = "EDGETOOL_LEASE"
 KILL_LIMIT_S = 5.0
 """How long killed processes are waited for; one that outlives it hangs in the kernel (a driver, a network disk)."""
 
+_EMPTY_LOOKS = 3
+
 TRACKER_GRACE_S = 1.0
 """What a resource tracker gets after the others have been killed."""
 
@@ -171,19 +173,27 @@ def end_tree(
     main: ProcessId | None,
     deadline: Callable[[], float],
     wait: Callable[[float], None] = time.sleep,
+    gone: Callable[[], bool] | None = None,
 ) -> End:
     """End all processes that `find` finds, until it finds none.
 
     `main` is asked first (SIGTERM), alone, so that it can end the others in its own order; when it is gone, or after
     half of the grace, all are asked. From `deadline` on (a time of time.monotonic(), which may move while this runs)
-    they are killed, resource trackers last. `wait` is called between looks at the tree.
+    they are killed, resource trackers last. `wait` is called between looks at the tree. `gone` knows for certain that
+    nothing is left; without it, finding nothing several times in a row counts, since one look can miss a process that
+    forks and ends while it is being looked for.
     """
     begun = time.monotonic()
     seen: set[ProcessId] = set()
     asked: set[ProcessId] = set()
     killed: set[ProcessId] = set()
-    while left := set(find()):
+    empty_looks = 0
+    while True:
+        left = set(find())
         seen |= left
+        empty_looks = 0 if left else empty_looks + 1
+        if not left and (gone() if gone is not None else empty_looks >= _EMPTY_LOOKS):
+            break
         now, end = time.monotonic(), deadline()
         if now >= end + KILL_LIMIT_S and now >= begun + KILL_LIMIT_S:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 from edgetool import process_tree
 from edgetool.process_tree import ProcessId, alive, carriers, descendants, end_tree, entry, identify, reap, send
 
+TOKEN = secrets.token_hex(8)
+
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "600"], env={**os.environ, "EDGETOOL_TREE": "outer:t0ken"}) as process:
-        while carriers("t0ken") != {identify(process.pid)}:  # between fork and exec it has our environment
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, "EDGETOOL_TREE": f"{TOKEN}-outer:{TOKEN}"}) as process:
+        while carriers(TOKEN) != {identify(process.pid)}:  # between fork and exec it has our environment
             time.sleep(0.01)
         yield process
         process.kill()
@@ -71,24 +74,26 @@ def test_a_zombie_is_not_alive() -> None:
 
 def test_each_token_of_the_list_is_carried_and_no_part_of_one(sleeper: subprocess.Popen[bytes]) -> None:
     there = identify(sleeper.pid)
-    assert carriers("t0ken") == carriers("outer") == {there}
-    assert carriers("t0k") == carriers("outer:t0ken") == carriers("") - carriers("") == set()
+    assert carriers(TOKEN) == carriers(f"{TOKEN}-outer") == {there}
+    assert carriers(TOKEN[:-1]) == carriers(f"{TOKEN}-outer:{TOKEN}") == set()
     assert there in descendants(os.getpid())
 
 
 def test_reap_spares_itself_and_what_is_above_it() -> None:
-    script = "from edgetool.process_tree import reap; print(len(reap('t0ken').seen), 'ended')"
-    with_token = {**os.environ, "EDGETOOL_TREE": "t0ken"}
+    script = f"from edgetool.process_tree import reap; print(len(reap('{TOKEN}').seen), 'ended')"
+    with_token = {**os.environ, "EDGETOOL_TREE": TOKEN}
     shell = f'sleep 600 & {sys.executable} -c "{script}"; echo shell lives; wait'
     done = subprocess.run(["sh", "-c", shell], env=with_token, capture_output=True, text=True, timeout=60)
     assert done.stdout == "1 ended\nshell lives\n"
 
 
 def test_reap_by_another_variable(sleeper: subprocess.Popen[bytes]) -> None:
-    with subprocess.Popen(["sleep", "600"], env={**os.environ, process_tree.LEASE_VARIABLE: "lease1"}) as leased:
-        while not carriers("lease1", process_tree.LEASE_VARIABLE):
+    with subprocess.Popen(
+        ["sleep", "600"], env={**os.environ, process_tree.LEASE_VARIABLE: f"{TOKEN}-lease"}
+    ) as leased:
+        while not carriers(f"{TOKEN}-lease", process_tree.LEASE_VARIABLE):
             time.sleep(0.01)
-        end = reap("lease1", process_tree.LEASE_VARIABLE)
+        end = reap(f"{TOKEN}-lease", process_tree.LEASE_VARIABLE)
         assert [process.pid for process in end.seen] == [leased.pid]
         assert end.left == end.killed == ()
         assert leased.wait() == -signal.SIGTERM
@@ -102,3 +107,18 @@ def test_what_cannot_be_ended_is_said(monkeypatch: pytest.MonkeyPatch, sleeper: 
     assert there is not None
     end = end_tree(lambda: {p for p in [there] if alive(p)}, there, lambda: 0.0)
     assert end.left == end.killed == (there,)
+
+
+def test_a_look_that_misses_a_process_is_not_believed(sleeper: subprocess.Popen[bytes]) -> None:
+    there = identify(sleeper.pid)
+    assert there is not None
+    looks = iter([set(), {there}, set(), set(), {there}])
+    end = end_tree(lambda: next(looks, {p for p in [there] if alive(p)}), None, lambda: 0.0)
+    assert (end.seen, end.left) == ((there,), ())
+    assert sleeper.wait() == -signal.SIGKILL
+
+
+def test_who_knows_for_certain_is_believed_at_once(sleeper: subprocess.Popen[bytes]) -> None:
+    answers = iter([False, True])
+    assert end_tree(set, None, lambda: 0.0, gone=lambda: next(answers)).seen == ()
+    assert list(answers) == []

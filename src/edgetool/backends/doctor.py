@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgetool.backends.environments import RECIPES, Environment, Recipe, look, normal, place_of, probe, recipe_of
-from edgetool.backends.installer import base_python, has_nvidia_driver, without_cuda
+from edgetool.backends.installer import base_python, without_cuda
+from edgetool.backends.pip_run import has_nvidia_driver
 from edgetool.config import EnvsConfig
 from edgetool.errors import EdgetoolError, MissingDependency
 from edgetool.progress_lines import size
