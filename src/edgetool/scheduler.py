@@ -40,6 +40,7 @@ from edgetool.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
     from edgetool.config import Config
+    from edgetool.lease_watch import LeaseWatch
 
 __all__ = ["Lease", "Look", "Request", "Scheduler", "from_config"]
 
@@ -48,8 +49,8 @@ PORTS_VARIABLE = "EDGETOOL_PORTS"
 
 _STALE_S = 1.0
 """How old an inventory may be when a grant is decided on it."""
-_FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
+"""Leases that end wake those who wait; that processes of others end has to be looked for."""
 _SAY_EVERY_S = 10.0
 
 
@@ -278,7 +279,7 @@ class _Waiting:
         self._descriptor = -1
         self._begun_s = time.monotonic()
         self._said_s = -_SAY_EVERY_S
-        self._pause_s = _FIRST_PAUSE_S
+        self._watch: LeaseWatch | None = None
 
     @property
     def wants_a_ticket(self) -> bool:
@@ -289,6 +290,9 @@ class _Waiting:
         """Stand at the end of the queue."""
         record = new_record(self.command, wanted=self.request.to_dict(), within=within)
         self._descriptor, self.ticket = directory.add_ticket(record)
+        from edgetool.lease_watch import LeaseWatch
+
+        self._watch = LeaseWatch(directory.path)
 
     def pause(self, refusal: _Refusal) -> None:
         """Sleep until the next look; raises when there is no sense in it, or no time."""
@@ -304,8 +308,8 @@ class _Waiting:
         if spent_s - self._said_s >= _SAY_EVERY_S:
             self._said_s = spent_s
             self.progress.note(f"waiting for {self.wait_s - left_s:.0f} of {self.wait_s:g} s: {refusal.reason}")
-        time.sleep(min(self._pause_s, left_s))
-        self._pause_s = min(self._pause_s * 1.5, _LONGEST_PAUSE_S)
+        if self._watch is not None:
+            self._watch.wait(min(_LONGEST_PAUSE_S, left_s))
 
     def leave(self, directory: OpenDirectory) -> None:
         """Give up the place in the queue."""
@@ -317,6 +321,9 @@ class _Waiting:
             self._descriptor = -1
 
     def close(self, directory: LeaseDirectory) -> None:
+        """Leave nothing behind, however the waiting ended."""
+        if self._watch is not None:
+            self._watch.close()
         if self.ticket is not None:
             with directory.opened() as descriptor:
                 self.leave(OpenDirectory(descriptor, directory.path))

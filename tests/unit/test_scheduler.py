@@ -18,6 +18,7 @@ import pytest
 from edgetool import scheduler as module
 from edgetool.errors import ResourceUnavailable
 from edgetool.inventory import Inventory, read_recorded
+from edgetool.lease_watch import LeaseWatch
 from edgetool.leases import LEASE_FDS_VARIABLE
 from edgetool.ports import Trouble, candidates, ephemeral_range, listener, trouble
 from edgetool.process_tree import LEASE_VARIABLE
@@ -410,10 +411,10 @@ def test_while_it_waits_it_says_for_what_and_who_holds_it(make: Make, monkeypatc
 def test_an_interrupted_wait_gives_up_its_place(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = make().acquire(H100, command="x")
 
-    def interrupted(_seconds: float) -> None:
+    def interrupted(_watch: LeaseWatch, _longest_s: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.time, "sleep", interrupted)
+    monkeypatch.setattr(LeaseWatch, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make().acquire(H100, command="x", wait_s=600)
     assert make().directory.scan().waiting == ()
@@ -438,3 +439,32 @@ def test_a_command_under_a_lease_leases_parts_of_it(make: Make, free_port: int) 
     # a variable that survived its lease means nothing
     make(within=within).acquire(H100, command="x").release()
     make(within="no:lease:at all").acquire(H100, command="x").release()
+
+
+def test_who_waits_is_woken_by_the_end_of_a_lease_and_by_the_death_of_its_holder(tmp_path: Path) -> None:
+    """By the kernel's word, and not by looking again and again: the wait is a minute, and no test takes that long."""
+    for end in ("release", "death"):
+        watch = LeaseWatch(tmp_path)
+        path = tmp_path / "lease"
+        holder = subprocess.Popen(
+            [sys.executable, "-c", f"f=open({str(path)!r},'w'); print(1,flush=True); input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert holder.stdout and holder.stdin
+        holder.stdout.readline()
+        with path.open():  # who only looks wakes nobody
+            pass
+        threading.Timer(0.2, holder.kill if end == "death" else holder.stdin.close).start()
+        begun_s = time.monotonic()
+        watch.wait(60)
+        assert time.monotonic() - begun_s < 50
+        holder.wait()
+        watch.close()
+        watch.close()
+
+
+def test_without_a_watch_waiting_is_sleeping(tmp_path: Path) -> None:
+    watch = LeaseWatch(tmp_path / "not there")
+    watch.wait(0.01)
+    watch.close()
