@@ -53,10 +53,20 @@ class Served:
             text = self.output.read_text()
             if text.endswith("}\n"):
                 document: dict[str, Any] = json.loads(text)
+                assert document["ok"], document
                 return document
             assert self.process.poll() is None, self.said()
             time.sleep(0.05)
         raise AssertionError(f"not ready: {self.said()}")
+
+    def wait_or_ready(self) -> dict[str, Any] | None:
+        """Its document once it is ready, None when it ended instead."""
+        while self.process.poll() is None:
+            if self.output.read_text().endswith("}\n"):
+                break
+            time.sleep(0.05)
+        document: dict[str, Any] = json.loads(self.output.read_text())
+        return document if document["ok"] else None
 
     def said(self) -> str:
         return self.output.read_text() + self.errors.read_text()

@@ -228,7 +228,14 @@ def _acquire(wanted: list[Request], wait_s: float, scheduler: Scheduler, command
     for request in wanted if len(wanted) > 1 else ():
         with contextlib.suppress(ResourceUnavailable):
             return scheduler.acquire(request, command=command)
-    return scheduler.acquire(wanted[0], command=command, wait_s=wait_s, progress=progress)
+    try:
+        return scheduler.acquire(wanted[0], command=command, wait_s=wait_s, progress=progress)
+    except ResourceUnavailable as error:
+        # what `gpus run` calls --min-free is a share here
+        message = error.message.replace(
+            "--min-free how much of it is needed", "--gpu-memory-utilization which share of it is needed"
+        )
+        raise ResourceUnavailable(message, error.hint) from error
 
 
 def _with_port(request: Request, port: int) -> Request:
