@@ -16,10 +16,11 @@ import pytest
 
 from edgetool.backends import child_side
 from edgetool.backends.child import run
-from edgetool.backends.environments import Interpreter
+from edgetool.backends.environments import RECIPES, Interpreter
 from edgetool.errors import BackendFailed, BadInput, EdgetoolError, ResourceUnavailable, Stopped
 from edgetool.process_tree import TREE_VARIABLE, carriers
 from edgetool.progress import NullProgress, RecordingProgress
+from tests.interpreters import interpreter_of
 
 SCRIPT = Path(__file__).parents[2] / "fakes" / "backend_job.py"
 REFUSALS = ["BadInput", "ConfigError", "MissingDependency", "ResourceUnavailable", "VerificationFailed"]
@@ -203,3 +204,17 @@ def test_other_pythons_run_it(version: str, tmp_path: Path) -> None:
     there = Interpreter(Path(found[0]), ())
     assert run(there, SCRIPT, {"do": "progress", "length": 2}, log=tmp_path / "log", progress=progress)["text"] == "жж"
     assert len(progress.events) == 7
+
+
+@pytest.mark.backends
+def test_a_real_backend_answers_from_its_environment(tmp_path: Path) -> None:
+    script = tmp_path / "versions.py"
+    script.write_text(
+        "def run(job, report):\n"
+        "    import gptqmodel, torch\n"
+        "    return {'version': gptqmodel.__version__, 'sum': torch.full((job['size'],), 0.5).sum()}\n"
+    )
+    interpreter = Interpreter(interpreter_of("gptqmodel", "EDGETOOL_GPTQMODEL_PYTHON"), ())
+    result = run(interpreter, script, {"size": 6}, log=tmp_path / "log", progress=NullProgress())
+    assert result == {"version": RECIPES["gptqmodel"].pins()["gptqmodel"], "sum": 3.0}
+    assert (tmp_path / "log").read_text()  # its banner, which is not ours to show
