@@ -2,8 +2,9 @@
 
 The judge does not know the scheduler: every GPU is a row of files of 1 GiB each, every port and board a file. Whoever
 is granted something takes the flock of as many of these files as it was granted, and hands them to its children with
-the lease. A grant for which there are not enough files left is a double grant. The files are opened before the lease,
-so that the kernel closes them first when a process dies: what is free for the judge is never free too late.
+the lease. A grant for which there are not enough files left is a double grant. When a process dies, Linux lets go of
+the file with the highest number first (exit_task_work, last in first out): the judge's have higher numbers than the
+lease's, so that what is free for the scheduler is free for the judge.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class Judge:
     """The files of the true owners, open in this process."""
 
     def __init__(self, directory: Path) -> None:
-        self._report = os.open(directory / "violations", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         names = [f"GPU-{gpu}.{part}" for gpu in range(GPUS) for part in range(GPU_GIB)]
         names += [str(port) for port in range(PORTS[0], PORTS[1] + 1)] + list(BOARDS)
-        self._files = {name: os.open(directory / name, os.O_RDONLY | os.O_CREAT, 0o644) for name in names}
+        self._files = {name: _open_high(directory / name) for name in names}
+        self._report = os.open(directory / "violations", os.O_WRONLY | os.O_APPEND)
         self._taken: list[int] = []
 
     def take(self, lease: Lease, request: Request) -> None:
@@ -78,6 +79,13 @@ class Judge:
     @property
     def inherited(self) -> tuple[int, ...]:
         return tuple(self._taken)
+
+
+def _open_high(path: Path) -> int:
+    low = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)
+    os.close(low)
+    return high
 
 
 def request(dice: random.Random) -> Request:
@@ -126,13 +134,12 @@ def worker(directory: Path, seed: int, uid: int | None) -> None:
     scheduler = Scheduler(directory / "leases", lambda: INVENTORY, port_range=PORTS)
     count = os.open(directory / "grants", os.O_WRONLY | os.O_APPEND)
     while True:
-        JUDGE[:] = [Judge(directory)]
         wanted = request(dice)
         try:
             lease = scheduler.acquire(wanted, command=f"worker {seed}", wait_s=dice.choice((0, 0.05, 1)))
         except ResourceUnavailable:
-            JUDGE[0].close()
             continue
+        JUDGE[:] = [Judge(directory)]
         JUDGE[0].take(lease, wanted)
         os.write(count, b".")
         job(lease, dice)
@@ -216,7 +223,7 @@ def strays(directory: Path) -> list[int]:
         with suppress(OSError):
             names = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
         if pid != os.getpid() and (
-            any(name.startswith(str(directory)) for name in names) or variable_of(pid, DIRECTORY_VARIABLE) == str(home)
+            any(name.startswith(f"{directory}/") for name in names) or variable_of(pid, DIRECTORY_VARIABLE) == str(home)
         ):
             found.append(pid)
     return found
