@@ -343,6 +343,8 @@ class GpusConfig(Section):
             raise ConfigError(
                 f"--port {self.port} and --ports {self.ports} exclude each other", "leave one of them out"
             )
+        if not self.count and (self.gpu_class is not None or self.min_free_bytes is not None):
+            raise ConfigError("--count 0 asks for no GPU, and --class or --min-free for one", "leave one of them out")
         return self
 
 

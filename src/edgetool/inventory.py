@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,7 @@ def read_recorded(path: Path, classes: Mapping[str, str] | None = None) -> Inven
     Raises:
         ConfigError: the file cannot be read, or is no such record; the message says where.
     """
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read the recorded inventory {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"the recorded inventory {path} is not JSON: {error}") from error
+    document = _parsed(path)
     try:
         version = document["driver_version"]
         gpus = tuple(_recorded_gpu(gpu, classes) for gpu in document["gpus"])
@@ -120,6 +116,19 @@ def read_recorded(path: Path, classes: Mapping[str, str] | None = None) -> Inven
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"the recorded inventory {path} cannot be used: {what}", "docs/gpus.md shows one") from error
     return Inventory(None if version is None else str(version), gpus, recorded=True)
+
+
+def _parsed(path: Path) -> Any:
+    for attempt in range(5):
+        try:
+            return json.loads(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot read the recorded inventory {path}: {error.strerror}") from error
+        except ValueError as error:
+            if attempt == 4:
+                raise ConfigError(f"the recorded inventory {path} is not JSON: {error}") from error
+            time.sleep(0.02)  # somebody may be writing it, while a request waits
+    raise AssertionError
 
 
 def _recorded_gpu(gpu: Mapping[str, Any], classes: Mapping[str, str] | None) -> Gpu:

@@ -90,6 +90,8 @@ class Entry:
     held: bool
     inode: tuple[int, int]
     """Device and inode of the file: how a descriptor that holds it is recognised."""
+    touched_unix_s: float = 0.0
+    """When its owner last touched it; who waits does so at every look."""
 
     @property
     def user(self) -> str:
@@ -409,7 +411,7 @@ class OpenDirectory:
             for _ in range(3):
                 record = _parsed(os.pread(descriptor, _LARGEST_RECORD_BYTES, 0), identity)
                 if record is not None:
-                    return Entry(record, found.st_uid, held, (found.st_dev, found.st_ino))
+                    return Entry(record, found.st_uid, held, (found.st_dev, found.st_ino), found.st_mtime)
                 time.sleep(0.001)  # its owner may be writing into it (Lease.adopt)
             return None
         except OSError:
@@ -463,6 +465,8 @@ class OpenDirectory:
 def write_record(descriptor: int, record: Record) -> None:
     """Write a record into its file, in place: the lock is on the file, and another file would have none."""
     data = json.dumps(asdict(record)).encode() + b"\n"
+    if len(data) > _LARGEST_RECORD_BYTES:
+        raise ValueError(f"a record of {len(data)} bytes would be read by nobody")
     # padded, so that a shorter text never leaves a tail and never needs the file to be cut
     data = data.ljust(os.fstat(descriptor).st_size)
     if os.pwrite(descriptor, data, 0) != len(data):

@@ -71,7 +71,6 @@ class Look:
             "memory_reserved_bytes": reserved,
             "memory_free_bytes": free,
             "utilization_percent": gpu.utilization_percent,
-            "compute_capability": gpu.compute_capability,
             "error": gpu.error,
             "mig": [
                 {

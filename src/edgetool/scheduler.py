@@ -52,6 +52,9 @@ _STALE_S = 1.0
 _LONGEST_PAUSE_S = 0.5
 """Leases that end wake those who wait; that processes of others end has to be looked for."""
 _SAY_EVERY_S = 10.0
+_SILENT_S = 15.0
+"""Who waits and has not looked for so long (stopped with Ctrl-Z, say) is passed by until it looks again."""
+_MOST_MEMBERS = 64
 
 
 class Lease:
@@ -103,8 +106,11 @@ class Lease:
         process = identify(pid)
         if process is None or not self.fds:
             return
-        self._record = replace(self._record, members=(*self._record.members, process))
-        write_record(self.fds[0], self._record)
+        # of a server that is started again and again only the last are of interest
+        self._record = replace(self._record, members=(*self._record.members[1 - _MOST_MEMBERS :], process))
+        # without room for it other users see less; that must not end a job
+        with contextlib.suppress(OSError):
+            write_record(self.fds[0], self._record)
 
     def release(self) -> bool:
         """Let go. True when everything is free again; False while a process that inherited `fds` still runs.
@@ -198,6 +204,7 @@ class Scheduler:
         self, request: Request, command: str, inventory: Inventory, directory: OpenDirectory, waiting: _Waiting
     ) -> tuple[Lease | None, _Refusal]:
         scan = directory.scan(clean=True)
+        waiting.touch()
         held = [entry for entry in scan.leases if entry.held]
         within = self._innermost(held)
         context = within.record.id if within else None
@@ -311,6 +318,11 @@ class _Waiting:
         if self._watch is not None:
             self._watch.wait(min(_LONGEST_PAUSE_S, left_s))
 
+    def touch(self) -> None:
+        """Show that somebody still waits."""
+        if self._descriptor >= 0:
+            os.utime(self._descriptor)
+
     def leave(self, directory: OpenDirectory) -> None:
         """Give up the place in the queue."""
         if self.ticket is not None:
@@ -336,7 +348,8 @@ def _earlier(waiting: Sequence[Entry], ticket: str | None) -> list[tuple[Entry, 
     for entry in waiting:
         if entry.record.id == identity:
             break
-        if wanted := Request.from_dict(entry.record.wanted):
+        silent = time.time() - entry.touched_unix_s > _SILENT_S
+        if not silent and (wanted := Request.from_dict(entry.record.wanted)):
             found.append((entry, wanted))
     return found
 

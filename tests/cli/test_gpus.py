@@ -104,7 +104,7 @@ def test_the_document_is_as_designed(gpus: Shell) -> None:
     ]
     assert {key for gpu in document["gpus"] for key in gpu} == {
         *("index", "uuid", "name", "class", "memory_total_bytes", "memory_used_bytes", "memory_reserved_bytes"),
-        *("memory_free_bytes", "utilization_percent", "compute_capability", "error", "mig", "processes", "leases"),
+        *("memory_free_bytes", "utilization_percent", "error", "mig", "processes", "leases"),
     }
     classes = {p["pid"]: p["class"] for gpu in document["gpus"] for p in gpu["processes"]}
     assert classes == {
@@ -332,6 +332,7 @@ def test_edgetool_within_a_run_uses_its_lease(gpus: Shell) -> None:
         (("run", "--wait", "soon", "--", "true"), 3, "such as 90, 10m or 2h"),
         (("run", "--port", "70000", "--", "true"), 3, "65535"),
         (("run", "--port", "8000", "--ports", "2", "--", "true"), 3, "exclude each other"),
+        (("run", "--count", "0", "--class", "4090", "--", "true"), 3, "asks for no GPU"),
         (("run", "--board", "../x", "--", "true"), 3, "board"),
         (("run", "--count", "0", "--", "no-such-program"), 4, "no such program"),
         (("rnu",), 2, "No such command"),

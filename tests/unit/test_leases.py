@@ -305,3 +305,9 @@ def test_the_shared_directory_is_never_passed_over(tmp_path: Path, monkeypatch: 
     assert leases.choose_directory(None) == tmp_path / "state" / "edgetool" / "leases"  # no /run/lock at all
     shared.mkdir(parents=True)
     assert leases.choose_directory(None) == shared
+
+
+def test_a_record_that_nobody_would_read_is_not_written(directory: LeaseDirectory) -> None:
+    with directory.locked() as opened, pytest.raises(ValueError, match="read by nobody"):
+        opened.add_lease(new_record("x", gpus=tuple(Share(f"GPU-{n}", n) for n in range(5000))))
+    assert list(directory.path.iterdir()) == []

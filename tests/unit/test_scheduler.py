@@ -386,6 +386,44 @@ def test_one_who_waits_and_is_killed_keeps_nobody_waiting(make: Make) -> None:
     second.lease.release()
 
 
+def test_one_who_waits_and_is_stopped_is_passed_by_until_it_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-Z while it waits must not keep GPUs idle for hours."""
+    lease = make().acquire(H100, command="x")
+    stopped, goes_on = threading.Event(), threading.Event()
+    watch = LeaseWatch.wait
+
+    def stop(self: LeaseWatch, longest_s: float) -> None:
+        stopped.set()
+        goes_on.wait()
+        watch(self, longest_s)
+
+    monkeypatch.setattr(LeaseWatch, "wait", stop)
+    waiter = Waiter(make(), H100)
+    assert stopped.wait(60)
+    (ticket,) = make().directory.path.glob("wait-*")
+    lease.release()
+    refused(make(), H100)  # it waits, as far as anybody can see
+    os.utime(ticket, (time.time(), time.time() - module._SILENT_S - 1))
+    second = make().acquire(H100, command="in a hurry")
+    goes_on.set()
+    assert eventually(lambda: time.time() - ticket.stat().st_mtime < 10)
+    second.release()
+    waiter.join(timeout=60)
+    assert waiter.lease
+    waiter.lease.release()
+
+
+def test_a_lease_stays_readable_however_often_its_server_starts_again(make: Make) -> None:
+    lease = make().acquire(BIG, command="x" * 1000)
+    for _ in range(300):
+        lease.adopt(os.getpid())
+    (entry,) = make().look().held
+    assert len(entry.record.members) == 64
+    lease.release()
+
+
 def test_waiting_has_an_end_and_says_who_held_it(make: Make) -> None:
     lease = make().acquire(H100, command="python serve.py")
     message = refused(make(), H100, wait_s=0.2)
