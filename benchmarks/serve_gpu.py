@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 LIMIT_S = 600.0
 KEY = "benchmark"
@@ -82,21 +83,27 @@ class ByEdgetool:
             sys.executable, "-m", "edgetool", "serve-gpu", str(checkpoint), "--served-model-name", "m",
             "--device", "cpu", "--max-model-len", str(max_model_len), "--json",
         ]  # fmt: skip
-        self.begun_s = time.monotonic()
+        self.log = scratch / "state" / "edgetool" / "servers" / "logs" / "m.log"
+        self.log.unlink(missing_ok=True)
+        self.begun_s, self.begun_unix_s = time.monotonic(), time.time()
         with log.open("wb") as sink, self.output.open("wb") as out:
             self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=sink)
         self.url = ""
 
     def ready(self) -> dict[str, float]:
-        """Its document comes after the first answer; /health is not seen from here, since the port is not known yet."""
+        """before_s: until vLLM was started; after_s: from its "startup complete" to the document (one answer)."""
+        answering_s = 0.0
         while not self.output.read_text().endswith("}\n"):
             assert self.process.poll() is None, "edgetool ended while starting"
             assert time.monotonic() - self.begun_s < LIMIT_S
+            if not answering_s and self.log.exists() and "startup complete" in self.log.read_text(errors="replace"):
+                answering_s = time.monotonic()
             time.sleep(0.02)
-        ready_s = time.monotonic() - self.begun_s
+        now_s = time.monotonic()
         self.document: dict[str, Any] = json.loads(self.output.read_text())
         self.url = self.document["url"]
-        return {"ready_s": ready_s, "told_s": self.document["seconds_to_ready"]}
+        started_s = psutil.Process(self.document["engine_pid"]).create_time() - self.begun_unix_s
+        return {"ready_s": now_s - self.begun_s, "before_s": started_s, "after_s": now_s - (answering_s or now_s)}
 
     def stop(self) -> float:
         begun_s = time.monotonic()
@@ -159,11 +166,18 @@ def main() -> None:
                 starts.append({"server": name, **times})
                 print(json.dumps(starts[-1]), file=sys.stderr)
         compared = _compare(options, Path(scratch))
-    print(f"{'':12} {'to /health, s':>14} {'to first answer, s':>20} {'to stopped, s':>14}")
+    columns = {
+        "to /health, s": "healthy_s",
+        "to first answer, s": "ready_s",
+        "before vLLM, s": "before_s",
+        "after vLLM, s": "after_s",
+        "first answer, s": "first_answer_s",
+        "to stopped, s": "stopped_s",
+    }
+    print(f"{'':12} " + " ".join(f"{title:>19}" for title in columns))
     for name in kinds:
         rows = [row for row in starts if row["server"] == name]
-        cells = [_median(rows, key) for key in ("healthy_s", "ready_s", "stopped_s")]
-        print(f"{name:12} {cells[0]:>14} {cells[1]:>20} {cells[2]:>14}")
+        print(f"{name:12} " + " ".join(f"{_median(rows, key):>19}" for key in columns.values()))
     print(compared["table"])
     if options.json:
         options.json.write_text(json.dumps({"starts": starts, "bench": compared["document"]}, indent=2))
@@ -188,7 +202,10 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "--output-tokens", options.output_tokens, "--quiet",
             ]  # fmt: skip
             environment = {**os.environ, "EDGETOOL_API_KEY": KEY}
+            front = _front(ours.process.pid)
+            before = front.cpu_times()
             done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=True)
+            after = front.cpu_times()
             document = json.loads(done.stdout)
         finally:
             ours.stop()
@@ -207,7 +224,15 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             f"edgetool / by hand, {found['concurrency']} at once: tokens/s x {ratio['ratio']:.3f}"
             f" ({ratio['lowest']:.3f} to {ratio['highest']:.3f} over {found['rounds']} rounds)"
         )
+    passed = sum(f["requests"] * f["output_tokens_mean"] for f in document["results"] if f["endpoint"] != hand.url)
+    cpu_s = after.user + after.system - before.user - before.system
+    lines.append(f"CPU time of the front: {1e6 * cpu_s / passed:.0f} microseconds for each streamed token")
     return {"table": "\n".join(lines), "document": document}
+
+
+def _front(supervisor_pid: int) -> psutil.Process:
+    below = psutil.Process(supervisor_pid).children(recursive=True)
+    return next(process for process in below if "edgetool.serving.front" in process.cmdline())
 
 
 if __name__ == "__main__":

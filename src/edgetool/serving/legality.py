@@ -211,7 +211,7 @@ def _context(size: Sizes, demand: Demand, device: Device, dtype: str, warnings: 
     on_cpu = device.capability is None
     shards = demand.tensor_parallel_size
     weights = size.weights_bytes // shards
-    overhead = CPU_OVERHEAD_BYTES if on_cpu else ACTIVATION_BYTES
+    overhead = CPU_OVERHEAD_BYTES[demand.engine] if on_cpu else ACTIVATION_BYTES
     share = 1.0 if on_cpu else demand.gpu_memory_utilization
     budget = int(device.memory_bytes * share) - weights - overhead
     where = f"{device.name} ({device.memory_bytes / _GIB:.1f} GiB {'free' if on_cpu else f'x {share:g}'})"

@@ -91,6 +91,9 @@ def make_plan(
             raise ResourceUnavailable(f"class {settings.gpu_class} of GPUs was asked for, and there is no GPU")
         device = Device(None, max(0, available_bytes() - taken_bytes), "this machine's CPU")
         allowed = check(checkpoint, found, demand, device)
+        if shared:
+            said = "gpu_memory_utilization has no effect on a CPU: the cache is as large as the context asks for"
+            allowed = replace(allowed, warnings=(*allowed.warnings, said))
         if settings.device == "auto" and inventory.gpus:
             why = "; ".join(f"{gpu.name}: {gpu.error or 'in MIG mode'}" for gpu in inventory.gpus)
             allowed = replace(allowed, warnings=(*allowed.warnings, f"no GPU can be used ({why}): the CPU serves"))

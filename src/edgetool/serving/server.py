@@ -160,12 +160,11 @@ class Server:
             port=self.port,
             distributed=settings.distributed,
             shutdown_timeout_s=int(settings.drain_s),
+            threads=settings.threads,
             extra=settings.extra,
         )
         environment = vllm_engine.environment(start, self.key, os.environ, scratch=self.scratch)
         environment |= self.lease.environment()
-        if settings.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(settings.threads)
         if settings.distributed is not None:
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # Ray's own business
             if settings.ray_address is not None:

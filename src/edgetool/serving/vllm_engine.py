@@ -52,6 +52,7 @@ class Start:
     port: int = 0
     distributed: str | None = None
     shutdown_timeout_s: int = 0
+    threads: int | None = None
     extra: Sequence[str] = field(default_factory=tuple)
 
 
@@ -97,6 +98,11 @@ def environment(
     if start.device == "cpu":
         # whole GiB only; vLLM otherwise takes 92 % of the machine's memory
         ours["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(start.kv_cache_bytes / _GIB)))
+        if start.threads is not None:
+            # vLLM otherwise binds its threads to all cores but one, and two servers to the same ones
+            ours["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if start.threads is not None:
+        ours["OMP_NUM_THREADS"] = str(start.threads)
     if scratch is not None:
         ours["TMPDIR"] = str(scratch)
     return {**kept, **ours}

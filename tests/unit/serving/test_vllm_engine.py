@@ -67,6 +67,12 @@ def test_settings_of_edgetool_and_of_its_python_stay_outside():
     assert made["HF_HUB_OFFLINE"] == "1"
 
 
+def test_a_number_of_threads_is_that_number_wherever_there_are_cores():
+    made = environment(Start(**(START.__dict__ | {"threads": 3})), "k", {})
+    assert (made["OMP_NUM_THREADS"], made["VLLM_CPU_OMP_THREADS_BIND"]) == ("3", "nobind")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(START, "k", {})
+
+
 def test_arguments_of_ones_own_come_last():
     start = Start(**(START.__dict__ | {"extra": ("--max-num-seqs", "4")}))
     assert command(start)[-2:] == ["--max-num-seqs", "4"]
