@@ -85,25 +85,27 @@ class ByEdgetool:
         ]  # fmt: skip
         self.log = scratch / "state" / "edgetool" / "servers" / "logs" / "m.log"
         self.log.unlink(missing_ok=True)
-        self.begun_s, self.begun_unix_s = time.monotonic(), time.time()
+        self.begun_s = time.monotonic()
         with log.open("wb") as sink, self.output.open("wb") as out:
             self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=sink)
         self.url = ""
 
     def ready(self) -> dict[str, float]:
         """before_s: until vLLM was started; after_s: from its "startup complete" to the document (one answer)."""
-        answering_s = 0.0
+        started_s = answering_s = 0.0
         while not self.output.read_text().endswith("}\n"):
             assert self.process.poll() is None, "edgetool ended while starting"
             assert time.monotonic() - self.begun_s < LIMIT_S
-            if not answering_s and self.log.exists() and "startup complete" in self.log.read_text(errors="replace"):
-                answering_s = time.monotonic()
+            if self.log.exists():  # it is made when vLLM is started
+                started_s = started_s or time.monotonic()
+                if not answering_s and "startup complete" in self.log.read_text(errors="replace"):
+                    answering_s = time.monotonic()
             time.sleep(0.02)
         now_s = time.monotonic()
         self.document: dict[str, Any] = json.loads(self.output.read_text())
         self.url = self.document["url"]
-        started_s = psutil.Process(self.document["engine_pid"]).create_time() - self.begun_unix_s
-        return {"ready_s": now_s - self.begun_s, "before_s": started_s, "after_s": now_s - (answering_s or now_s)}
+        before_s, after_s = started_s - self.begun_s, now_s - (answering_s or now_s)
+        return {"ready_s": now_s - self.begun_s, "before_s": before_s, "after_s": after_s}
 
     def stop(self) -> float:
         begun_s = time.monotonic()

@@ -276,6 +276,14 @@ def test_a_detached_server_that_cannot_start_says_why_with_its_own_exit_code(mod
         assert served.left(2.0) == []
 
 
+def test_an_interrupt_while_a_detached_server_starts_ends_it_too(model: Path, tmp_path: Path) -> None:
+    with Served(tmp_path, str(model), *TINY, "--detach") as served:
+        _until(lambda: len(served.processes()) >= 6)
+        served.process.send_signal(signal.SIGINT)
+        assert served.wait() == 130
+        assert served.left(5.0) == []
+
+
 def test_two_models_are_served_side_by_side(model: Path, tmp_path: Path) -> None:
     with Served(tmp_path, str(model), *TINY, "--with", str(model)) as served:
         document = served.ready()

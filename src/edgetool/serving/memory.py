@@ -14,8 +14,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATION_BYTES = 512 * 2**20
 """Kept free on each GPU beside weights and cache: activations of one profile run and the CUDA context."""
 CPU_OVERHEAD_BYTES = {"vllm": 2500 * 2**20, "transformers": 1000 * 2**20}
-"""What the processes of an engine take on a CPU beside weights and cache (vLLM's three: measured with a model of 0.3 GB,
-3.6 GB in all)."""
+"""What an engine's processes take on a CPU beside weights and cache (vLLM's three: 3.6 GB with a model of 0.3 GB)."""
 BLOCK_TOKENS = 16
 """vLLM hands out the cache in blocks of this many tokens, and one block stays empty."""
 
