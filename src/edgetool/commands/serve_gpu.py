@@ -194,4 +194,6 @@ def _ready_blocks(result: dict[str, Any]) -> list[Block]:
         blocks.append(facts("and beside it", {key: result["with"][key] for key in ("url", "served_model_name", "log")}))
     if result.get("api_key"):
         blocks.append(Text("key, shown once", result["api_key"]))
+    detached = "supervisor_log" in result
+    blocks.append(Text("", f"stop it: edgetool serve-gpu --stop {result['name']}" if detached else "Ctrl-C stops it"))
     return blocks

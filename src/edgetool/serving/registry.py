@@ -24,6 +24,7 @@ from edgetool.process_tree import ProcessId, alive, identify
 from edgetool.serving import shared_memory
 
 _SUFFIX = ".json"
+_LONGEST_DIRECTORY_BYTES = 40  # vLLM makes sockets with names of 36 bytes two levels below
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class Registry:
             while name in taken:
                 number += 1
                 name = f"{wanted}-{number}"
-            # short, since the path of a Unix socket may have 107 bytes
-            scratch = tempfile.mkdtemp(prefix="edgetool-")
+            scratch = tempfile.mkdtemp(prefix="edgetool-", dir=_short_directory())
             record = Record(
                 name, *own, model, engine, device, "starting", time.time(), scratch, str(self.log_of(name))
             )  # fmt: skip
@@ -170,6 +170,12 @@ class Registry:
         scratch = Path(record.scratch)
         if scratch.name.startswith("edgetool-"):  # what is removed comes from a file
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _short_directory() -> str:
+    """Where temporary files go, unless that is too long for sockets in it: their paths may have 107 bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= _LONGEST_DIRECTORY_BYTES else "/tmp"  # noqa: S108
 
 
 def _read(path: Path) -> Record | None:

@@ -74,6 +74,16 @@ def test_scratch_is_for_the_owner_alone_and_goes_with_the_record(registry):
     assert not scratch.exists()
 
 
+def test_a_long_directory_for_temporary_files_is_passed_over(registry, tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    record = claim(registry)
+    assert len(record.scratch) < 60
+    assert not list(long.iterdir())
+    registry.drop(record)
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_look(registry):
     child = subprocess.Popen(["sleep", "60"])
     record = of_another(registry, claim(registry), child.pid)
