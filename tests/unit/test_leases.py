@@ -109,6 +109,9 @@ def strange_files(path: Path, real: str) -> None:
     """Everything that another user could put beside real leases."""
     text = (path / f"lease-{real}.json").read_text()
     (path / "lease-00000000000000aa.json").symlink_to(f"lease-{real}.json")
+    elsewhere = path.with_name("elsewhere")  # a text that its owner has not written to be a lease
+    elsewhere.write_text(text.replace(real, "00000000000000ab"))
+    (path / "lease-00000000000000ab.json").symlink_to(elsewhere)
     os.mkfifo(path / "lease-00000000000000bb.json")
     (path / "lease-00000000000000cc.json").write_text("{" * 100_000)
     (path / "lease-00000000000000dd.json").write_text(text)  # says that it is another one
@@ -129,7 +132,7 @@ def test_files_that_are_no_records_are_ignored(directory: LeaseDirectory) -> Non
     descriptor, identity = add(directory)
     strange_files(directory.path, identity)
     locks = []
-    for path in directory.path.iterdir():
+    for path in (*directory.path.iterdir(), directory.path.with_name("elsewhere")):
         if path.is_file() and not path.is_symlink():
             locks.append(os.open(path, os.O_RDONLY))
             try:

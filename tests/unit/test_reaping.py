@@ -16,6 +16,7 @@ import pytest
 from edgetool import reaping
 from edgetool.errors import VerificationFailed
 from edgetool.inventory import Gpu, GpuProcess, Inventory
+from edgetool.ownership import orphans
 from edgetool.process_tree import LEASE_VARIABLE, identify
 from edgetool.progress import RecordingProgress
 from edgetool.reaping import reap
@@ -163,7 +164,10 @@ def test_an_orphan_that_ignores_the_request_is_killed(scheduler: Scheduler, driv
 def test_whole_trees_are_ended_also_what_they_start_meanwhile(scheduler: Scheduler, driver: Driver) -> None:
     script = "trap '' TERM; while :; do sleep 600 & sleep 0.02; done"
     _, orphan = lost_owner(scheduler, ONE, ["setsid", "sh", "-c", script])
-    time.sleep(0.2)
+    until = time.monotonic() + 60
+    while len(orphans(scheduler.directory.scan().leases, scheduler.directory.path, os.geteuid())) < 6:
+        assert time.monotonic() < until
+        time.sleep(0.01)
     result = reap(scheduler.directory, driver, grace_s=0.1)
     assert orphan in [item["pid"] for item in result["reaped"]]
     assert len(result["reaped"]) > 3
