@@ -133,7 +133,7 @@ def serve_gpu(
             result = {"servers": [_listed(record) for record in registry.records()]}
             this.result(result, _list_blocks(result["servers"]))
         elif settings.stop is not None:
-            result = registry.stop(settings.stop, settings.drain_s + settings.grace_s + 30)
+            result = registry.stop(settings.stop, settings.drain_s + settings.grace_s + 90)
             this.result(result, _facts("stopped", result))
         elif not settings.model:
             raise UsageError("serve-gpu needs MODEL", "edgetool serve-gpu --help")
