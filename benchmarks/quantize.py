@@ -4,7 +4,7 @@
     python benchmarks/quantize.py --rows fp32 edgetool-gptq gptqmodel-gptq --json table.json
     python benchmarks/quantize.py --list
 
-The peers live in environments of their own (`make env-gptqmodel env-llmcompressor`, benchmarks/envs.mk). All get the
+The peers live in environments of their own (`edgetool envs install gptqmodel`, `... llmcompressor`). All get the
 same calibration token ids: edgetool's own choice from `--calib`, handed to the peers, and edgetool's record of what it
 used is held against them afterwards. Each tool runs alone as a child process whose whole tree is measured (measure.py).
 What each wrote is then judged by one evaluator (evaluate.py) on text that none has seen. No test asserts any of this.
@@ -25,6 +25,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from edgetool.backends.environments import look, recipe_of
+from edgetool.config import load
 from edgetool.quantizers.calibration import calibration_from, texts_of
 from measure import run
 
@@ -73,10 +75,10 @@ class Measured:
     peak_rss_bytes: int | None = None
 
 
-def interpreter(environment: str) -> Path:
-    """The environment's Python: $EDGETOOL_ENV_<NAME>_PYTHON, or the one `make env-<name>` made."""
-    given = os.environ.get(f"EDGETOOL_ENV_{environment.upper()}_PYTHON")
-    return Path(given) if given else REPOSITORY / ".envs" / environment / "bin" / "python"
+def interpreter(environment: str) -> Path | None:
+    """The environment's Python, where `edgetool envs list` calls it ready."""
+    there = look(recipe_of(environment), load("envs", {}).envs)
+    return there.python if there.state == "ready" else None
 
 
 class Bench:
@@ -283,14 +285,14 @@ def parse() -> argparse.Namespace:
 
 def runnable(name: str) -> bool:
     environment = ROWS[name].environment
-    return environment is None or interpreter(environment).is_file()
+    return environment is None or interpreter(environment) is not None
 
 
 def main() -> None:
     options = parse()
     if options.list:
         for name, row in ROWS.items():
-            hint = "" if runnable(name) else f"   (make env-{row.environment})"
+            hint = "" if runnable(name) else f"   (edgetool envs install {row.environment})"
             print(f"{name:22} {row.title}{hint}")
         return
     lines: list[Measured] = []
@@ -300,7 +302,10 @@ def main() -> None:
         bench = Bench(options, work.resolve())
         for name in options.rows:
             if not runnable(name):
-                print(f"{name}: left out, no environment (make env-{ROWS[name].environment})", file=sys.stderr)
+                print(
+                    f"{name}: left out, no environment (edgetool envs install {ROWS[name].environment})",
+                    file=sys.stderr,
+                )
                 continue
             print(f"{name} ...", file=sys.stderr, flush=True)
             lines.append(bench.measure(name))

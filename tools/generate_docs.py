@@ -7,6 +7,7 @@ on a terminal's width.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,20 @@ def cli_page() -> str:
     group: Any = typer.main.get_command(app)
     parts = [NOTE, f"# Command line\n\n{group.help}\n"]
     parts.append(CLI_INTRODUCTION)
-    for name, command in group.commands.items():
+    for name, command in _commands(group, ""):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(f"[{p.metavar or p.human_readable_name}]" for p in arguments)
         parts.append(f"\n## edgetool {name}\n\n{' '.join((command.help or '').split())}\n")
         parts.append(f"\n```\nedgetool {name} {usage + ' ' if usage else ''}[OPTIONS]\n```\n\n")
         parts.append(table(["option", "meaning"], [_option_row(p) for p in command.params if _has_text(p)]))
     return "".join(parts)
+
+
+def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Each command with its full name; those of a group follow the group itself."""
+    for name, command in group.commands.items():
+        yield f"{prefix}{name}", command
+        yield from _commands(command, f"{prefix}{name} ") if hasattr(command, "commands") else ()
 
 
 def _has_text(parameter: Any) -> bool:
@@ -96,6 +104,8 @@ def _default(section: Any, name: str, field: Any) -> str:
         return "see meaning"
     if field.default is None:
         return ""
+    if isinstance(field.default, tuple):
+        return f"`{','.join(map(str, field.default))}`" if field.default else ""
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 

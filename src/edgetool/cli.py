@@ -17,9 +17,11 @@ from typer.core import TyperGroup
 from edgetool import __version__, console
 from edgetool.commands import (
     _later,
+    bench,
     compile_vcu128,
     convert,
     demo,
+    envs,
     eval,
     gpus,
     inspect,
@@ -150,10 +152,12 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
 app.command("compile-vcu128")(compile_vcu128.compile_vcu128)
+app.add_typer(envs.app, name="envs")
+app.add_typer(gpus.app, name="gpus")
+app.command("serve-gpu")(serve_gpu.serve_gpu)
+app.command("bench")(bench.bench)
 for _name, _function in {
     "eval": eval.eval,
-    "serve-gpu": serve_gpu.serve_gpu,
     "serve-fpga": serve_fpga.serve_fpga,
-    "gpus": gpus.gpus,
 }.items():
     app.command(_name, context_settings=dict(_later.ANY_ARGUMENTS))(_function)

@@ -18,7 +18,8 @@ PREFIX = "EDGETOOL_"
 COMMAND_LINE = "the command line"
 
 _YES = {"1", "true", "yes", "on", "y", "t"}
-_FOREIGN = {"EDGETOOL_DATA_DIR"}  # read by the tests, not by edgetool
+# The first is read by the tests; edgetool sets the others for the processes that it starts (scheduler.py, leases.py).
+_FOREIGN = {"EDGETOOL_DATA_DIR", "EDGETOOL_LEASE", "EDGETOOL_LEASE_FDS", "EDGETOOL_PORTS"}
 
 Keys = Mapping[str, Sequence[str]]
 
@@ -48,7 +49,11 @@ def gather(
     settings = Settings()
     home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
     cache = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
+    data = Path(environ["XDG_DATA_HOME"]) if environ.get("XDG_DATA_HOME") else home / ".local" / "share"
     settings.values["common"] = {"cache_dir": cache / "edgetool"}
+    state = Path(environ["XDG_STATE_HOME"]) if environ.get("XDG_STATE_HOME") else home / ".local" / "state"
+    settings.values["envs"] = {"directory": data / "edgetool" / "envs"}
+    settings.values["serve_gpu"] = {"state_dir": state / "edgetool" / "servers"}
     for section, table in from_file.items():
         for key, value in table.items():
             if value is not None:

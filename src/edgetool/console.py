@@ -54,12 +54,14 @@ class Output:
         self.json = as_json
         self.progress_mode = "auto"
         self._stdout: TextIO | None = None
+        self._saved_fd: int | None = None
+        self._said = False
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
         """Keep stdout for the result: whatever libraries and child processes print meanwhile goes to stderr."""
         real = sys.stdout
-        saved_fd = _divert_stdout(real)
+        self._saved_fd = saved_fd = _divert_stdout(real)
         self._stdout = real if saved_fd is None else open(saved_fd, "w", encoding=real.encoding)  # noqa: SIM115, PTH123
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -69,7 +71,7 @@ class Output:
                 self._stdout.flush()
                 os.dup2(saved_fd, 1)
                 self._stdout.close()
-            self._stdout = None
+            self._stdout = self._saved_fd = None
 
     def result(self, result: Mapping[str, Any], blocks: Sequence[Block]) -> None:
         """Print the one result of a command: the document with `--json`, the blocks otherwise."""
@@ -83,6 +85,15 @@ class Output:
             if position:
                 console.print()
             _print_block(console, block, stream)
+
+    def descriptor(self) -> int:
+        """The descriptor of the real stdout, for a child whose output is the command's result."""
+        return 1 if self._saved_fd is None else self._saved_fd
+
+    def clear(self) -> None:
+        """Empty the terminal for the next of several results; elsewhere they follow each other."""
+        stream = self._stdout or sys.stdout
+        stream.write("\x1b[H\x1b[2J\x1b[3J" if stream.isatty() else "\n")
 
     def text(self, text: str) -> None:
         """Print text on stdout as it is."""
@@ -113,7 +124,7 @@ class Output:
             _tolerate_any_text(sys.stderr)
             sys.stderr.write(f"{strong}error:{plain} {message}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
-        if self.json:
+        if self.json and not self._said:  # a server that fails after it said that it is ready has given its document
             self._print({"schema": self.schema, "ok": False, **error, **(details or {})})
 
     def error(self, error: EdgetoolError) -> None:
@@ -123,6 +134,7 @@ class Output:
     def _print(self, document: Mapping[str, Any]) -> None:
         # ASCII only, so that no locale can refuse it; NaN and infinity are not JSON, and become null.
         stream = self._stdout or sys.stdout
+        self._said = True
         stream.write(json.dumps(_strict(document), indent=2, allow_nan=False, default=str) + "\n")
         stream.flush()
 

@@ -18,7 +18,7 @@ HEAVY = ["torch", "transformers", "rich.progress", "huggingface_hub", "gguf", "n
     ("arguments", "code"),
     [
         (["--version"], 0),
-        (["gpus", "--json"], 5),
+        (["gpus", "--json"], 0),
         (["--help"], 0),
         (["quantize", "--help"], 0),
         (["compile-vcu128", "--help"], 0),

@@ -1,9 +1,7 @@
-"""Layers written by edgetool, read by the tools themselves in their own environments (`make env-gptqmodel ...`)."""
+"""Layers written by edgetool, read by the tools themselves in the environments that `edgetool envs` makes."""
 
 import json
-import os
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +17,10 @@ from tests.fakes.packed_checkpoints import (
     read_checkpoint,
     read_safetensors,
 )
+from tests.interpreters import interpreter_of
 from tests.parity.test_layouts import random_linear
 
 pytestmark = pytest.mark.backends
-REPOSITORY = Path(__file__).parents[2]
 OUT, IN, GROUP = 96, 128, 32
 
 # Each script defines read(layer: name -> array) -> weight [out_features, in_features]; one process reads all layers.
@@ -75,10 +73,7 @@ def read(layer):
 
 def assert_read_upstream(environment, script, tmp_path, meant, stored):
     """The tool in .envs/<environment> sees in each layer of `stored` the weights of `meant` (same keys, float32)."""
-    given = os.environ.get(f"EDGETOOL_{environment.upper()}_PYTHON")
-    python = Path(given) if given else REPOSITORY / ".envs" / environment / "bin" / "python"
-    if not python.is_file():
-        pytest.skip(f"no interpreter at {python}: run `make env-{environment}`")
+    python = interpreter_of(environment, f"EDGETOOL_{environment.upper()}_PYTHON")
     arrays = {f"{case}/{name}": array for case, tensors in stored.items() for name, array in tensors.items()}
     np.savez(tmp_path / "layers.npz", **arrays)
     command = [python, "-c", script + MAIN, tmp_path / "layers.npz", tmp_path / "weights.npz"]

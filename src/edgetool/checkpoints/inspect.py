@@ -86,7 +86,7 @@ def inspect_checkpoint(path: Path, progress: Progress | None = None) -> InspectR
         dtypes=dict(sorted(Counter(info.dtype for info in checkpoint.tensors.values()).items())),
         quantization=quantization,
         tokenizer=any(file.name in _TOKENIZER_NAMES for file in checkpoint.side_files),
-        chat_template=_has_chat_template(checkpoint),
+        chat_template=has_chat_template(checkpoint),
         problems=problems,
     )
 
@@ -170,7 +170,8 @@ def _tokenizer_problems(document: Any, config: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _has_chat_template(checkpoint: Checkpoint) -> bool:
+def has_chat_template(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint says how a chat is put into a prompt."""
     for file in checkpoint.side_files:
         if file.name in ("chat_template.jinja", "chat_template.json"):
             return True

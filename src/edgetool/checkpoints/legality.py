@@ -7,7 +7,7 @@ torch kernels), the board's those of the VCU128 design.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 VLLM_VERSION = "0.32"
@@ -35,16 +35,19 @@ class _Kernel:
     asym_bits: tuple[int, ...]  # codes with stored zeros (AWQ always has them)
     groups: tuple[int, ...] | None  # None: any even size or -1
     multiples: tuple[int, int] = (1, 1)  # in_features, out_features
+    capabilities: tuple[float, float] | None = (0.0, 99.0)  # lowest and highest of NVIDIA GPUs; None: runs on CPUs
 
 
 _VLLM_KERNELS = (
-    _Kernel("vLLM CPU", "any x86 or Arm CPU", (4,), (4,), None, (32, 32)),
-    _Kernel("vLLM Machete", "Hopper GPU (9.0)", (4, 8), (4, 8), (-1, 64, 128), (64, 128)),
-    _Kernel("vLLM Marlin", "NVIDIA GPU from 7.5", (4, 8), (4,), _MARLIN_GROUPS),
-    _Kernel("vLLM Conch", "GPU from 8.0, package conch-triton-kernels", (4, 8), (4, 8), (-1, 128)),
-    _Kernel("vLLM ExLlama", "GPU from 6.0, float16 activations", (4, 8), (), (32, 64, 128, 256)),
+    _Kernel("vLLM CPU", "any x86 or Arm CPU", (4,), (4,), None, (32, 32), None),
+    _Kernel("vLLM Machete", "Hopper GPU (9.0)", (4, 8), (4, 8), (-1, 64, 128), (64, 128), (9.0, 9.0)),
+    _Kernel("vLLM Marlin", "NVIDIA GPU from 7.5", (4, 8), (4,), _MARLIN_GROUPS, (1, 1), (7.5, 99.0)),
+    _Kernel("vLLM Conch", "GPU from 8.0, package conch-triton-kernels", (4, 8), (4, 8), (-1, 128), (1, 1), (8.0, 99.0)),
+    _Kernel("vLLM ExLlama", "GPU from 6.0, float16 activations", (4, 8), (), (32, 64, 128, 256), (1, 1), (6.0, 99.0)),
     _Kernel("vLLM Triton W4A16", "NVIDIA or AMD GPU", (4,), (4,), (-1, 32, 64, 128, 256), (1, 8)),
-    _Kernel("vLLM Humming", "NVIDIA GPU from 7.5, package humming", (2, 3, 4, 8), (2, 3, 4, 8), None),
+    _Kernel(
+        "vLLM Humming", "NVIDIA GPU from 7.5, package humming", (2, 3, 4, 8), (2, 3, 4, 8), None, (1, 1), (7.5, 99.0)
+    ),
 )
 
 
@@ -61,15 +64,47 @@ def kernels(
     format_name: a name of `formats.FORMATS`. group_size: -1 for one group a row. desc_act: g_idx is not trivial.
     shapes: (in_features, out_features) of the layers, where known, for kernels that want multiples.
     """
-    known = set(shapes)
+    verdicts = _vllm(_VLLM_KERNELS, format_name, bits, group_size, sym, desc_act, set(shapes))
+    verdicts.append(_gptqmodel(format_name, bits, group_size, desc_act))
+    return verdicts
+
+
+def vllm_kernels(
+    capability: float | None,
+    format_name: str,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    desc_act: bool,
+    shapes: Iterable[tuple[int, int]] = (),
+) -> list[KernelVerdict]:
+    """As `kernels`, only for what one device has: an NVIDIA GPU of this compute capability (8.9), or a CPU (None)."""
+    there = []
+    for kernel in _VLLM_KERNELS:
+        span = kernel.capabilities
+        if (span is None) == (capability is None) and (
+            span is None or capability is None or span[0] <= capability <= span[1]
+        ):
+            there.append(kernel)
+    return _vllm(there, format_name, bits, group_size, sym, desc_act, set(shapes))
+
+
+def _vllm(
+    there: Sequence[_Kernel],
+    format_name: str,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    desc_act: bool,
+    known: set[tuple[int, int]],
+) -> list[KernelVerdict]:
     loader = _vllm_loader(format_name, bits, group_size, sym, desc_act)
     verdicts = []
-    for kernel in _VLLM_KERNELS:
+    for kernel in there:
         reason = loader or _vllm_kernel(kernel, format_name, bits, group_size, sym, known)
         if reason is None and kernel.name == "vLLM CPU" and format_name.startswith("gptq") and bits != 4:
             reason = "4 bits only"
         verdicts.append(KernelVerdict(kernel.name, reason is None, reason or f"needs: {kernel.needs}"))
-    verdicts.append(_gptqmodel(format_name, bits, group_size, desc_act))
     return verdicts
 
 

@@ -33,8 +33,8 @@ def shown(key: str, value: Any) -> str:
                 return reader(value)
         if isinstance(value, float):
             return f"{value:.4g}"
-        # grouping helps with 134,515,008 parameters, and would only disturb in bits and group sizes
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        # grouping helps with 134,515,008 parameters; it would only disturb in bits, group sizes and ports
+        return f"{value:,}" if abs(value) >= 10_000 and not key.endswith(("pid", "port")) else str(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{words(str(name))} {shown(str(name), item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -42,3 +42,9 @@ CacheDir = Annotated[
     typer.Option("--cache-dir", metavar="DIR", help="Downloads and dequantised models [default: ~/.cache/edgetool]."),
 ]
 Offline = Annotated[bool | None, typer.Option("--offline", help="Use no network.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", metavar="KEY", help="Key of the server; better in EDGETOOL_API_KEY: options are seen in `ps`."
+    ),
+]

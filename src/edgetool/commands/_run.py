@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgetool.console import Block, Output
     from edgetool.progress import Progress
 
-NOT_SETTINGS = {"config", "show_config", "quiet"}
+NOT_SETTINGS = {"config", "show_config", "quiet", "command"}
 
 
 @dataclass
@@ -33,20 +33,24 @@ class Run:
 
 
 @contextlib.contextmanager
-def run(ctx: typer.Context) -> Iterator[Run]:
+def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     """Resolve the configuration of the command that `ctx` parsed and open its progress.
 
+    A sub-command (`gpus run`) names the `section` of its group; options given to the group hold for it too.
     With `--show-config` the configuration is printed instead, and the command ends there.
     """
     from edgetool import config, console
 
     output: Output = ctx.obj
-    command = str(ctx.info_name).replace("-", "_")
-    values = {key: value for key, value in ctx.params.items() if key not in NOT_SETTINGS}
-    if ctx.params.get("quiet"):
+    command = section or str(ctx.info_name).replace("-", "_")
+    given = dict(ctx.params)
+    if section and ctx.parent:
+        given.update({key: value for key, value in ctx.parent.params.items() if given.get(key) is None})
+    values = {key: value for key, value in given.items() if key not in NOT_SETTINGS}
+    if given.get("quiet"):
         values["progress"] = "quiet"
-    show = bool(ctx.params.get("show_config"))
-    settings = config.load(command, values, ctx.params.get("config"), complete=not show)
+    show = bool(given.get("show_config"))
+    settings = config.load(command, values, given.get("config"), complete=not show)
     output.json = settings.common.json_output
     output.progress_mode = settings.common.progress
     if show:

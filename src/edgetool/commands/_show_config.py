@@ -10,8 +10,8 @@ from edgetool.console import Output
 
 
 def show_config(config: Config, command: str, output: Output) -> None:
-    """Print `common` and the section of `command`, each value with its origin; secrets are masked."""
-    names = ["common", command] if command in SECTIONS else ["common"]
+    """Print `common`, the section of `command` and those that it uses, with origins; secrets are masked."""
+    names = ["common", command, *SECTIONS[command].uses] if command in SECTIONS else ["common"]
     sections = {name: _values(config, name) for name in names}
     if output.json:
         wanted = tuple(f"{name}." for name in names)
@@ -20,16 +20,24 @@ def show_config(config: Config, command: str, output: Output) -> None:
         return
     lines = []
     for name, values in sections.items():
+        fields = SECTIONS[name].model_fields.items()
+        secrets = {key_of(*item) for item in fields if "Secret" in str(item[1].annotation)}
         lines.append(f"[{name}]")
         for key, value in values.items():
             origin = config.origins.get(f"{name}.{key}", "default")
             # A mask or an unset value must not come back through --config, so they are shown as comments.
             missing = value is None or (origin == "default" and key in SECTIONS[name].required)
-            usable = not missing and key != "hub_token"
-            shown = "(not set)" if missing else json.dumps(value, ensure_ascii=False)
+            usable = not missing and key not in secrets
+            shown = "(not set)" if missing else _toml(value)
             lines.append(f"{'' if usable else '# '}{key} = {shown}  # {origin}")
         lines.append("")
     output.text("\n".join(lines))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _values(config: Config, name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgetool.models.degeneration import degenerate as degenerate
 from edgetool.models.streamed import StreamedModel
 
 KEEP_BYTES = 512 * 2**20
@@ -67,18 +67,6 @@ def next_logits(model: StreamedModel, hidden: Tensor, head: list[tuple[int, Tens
     states = model.final_norm(hidden).to(model.compute_dtype)
     chunks = model.output_chunks() if head is None else head
     return torch.cat([(states @ weight.t()).to(torch.float32) for _, weight in chunks], 1)
-
-
-def degenerate(tokens: list[int]) -> str | None:
-    """Why a generated sequence is not language, or None. Short sequences are given the benefit of the doubt."""
-    if len(tokens) < 8:
-        return None
-    token, count = Counter(tokens).most_common(1)[0]
-    if count > len(tokens) // 2:
-        return f"token {token} makes up {count} of {len(tokens)} tokens"
-    if len(set(tokens)) <= max(3, len(tokens) // 8):
-        return f"only {len(set(tokens))} different tokens in {len(tokens)}"
-    return None
 
 
 def _layer_bytes(model: StreamedModel) -> int:

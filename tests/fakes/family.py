@@ -1,0 +1,106 @@
+"""Process trees that are hard to end, for tests. As a script: `python family.py KIND [MARK]`.
+
+Each prints `ready` when it is complete. All of them sleep for ten minutes when nobody ends them.
+
+    plain      one process
+    deep       a child in the same session, one in a session of its own, and one that was orphaned (double fork)
+    stubborn   as deep, and nobody listens to SIGTERM
+    faceless   as deep, and the orphan was started with an empty environment
+    forking    a process that is replaced by a copy of itself a hundred times a second
+    sharing    it has shared memory, whose name it writes to MARK, and nobody of it listens to SIGTERM
+    orderly    on SIGTERM it writes `main` to MARK, then its child ends, which writes `child` when it gets a SIGTERM
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import NoReturn
+
+SLEEP = ["sleep", "600"]
+
+
+def sleep_on(ignore: bool) -> NoReturn:
+    if ignore:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        time.sleep(600)
+
+
+def fork_sleeper(ignore: bool, *, session: bool = False, orphan: bool = False, empty: bool = False) -> None:
+    done, tell = os.pipe()
+    if os.fork() == 0:
+        if session:
+            os.setsid()
+        if orphan and os.fork():
+            os._exit(0)
+        if ignore:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(tell, b".")
+        os.set_inheritable(tell, False)
+        if empty:
+            os.execve("/bin/sleep", SLEEP, {})
+        sleep_on(ignore)
+    os.read(done, 1)
+
+
+def forking() -> NoReturn:
+    while True:
+        time.sleep(0.01)
+        if os.fork():
+            os._exit(0)
+
+
+def orderly(mark: Path) -> None:
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(mark)!r}, 'a').write('child '), sys.exit(0)))\n"
+        "print('child ready', flush=True)\n"
+        "time.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+
+    def on_sigterm(*_: object) -> None:
+        with mark.open("a") as stream:
+            stream.write("main ")
+        time.sleep(0.5)
+        sys.exit(3)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def share(mark: Path) -> shared_memory.SharedMemory:
+    memory = shared_memory.SharedMemory(create=True, size=4096)
+    mark.write_text(memory.name)
+    return memory
+
+
+def main() -> None:
+    kind = sys.argv[1]
+    ignore = kind in {"stubborn", "sharing"}
+    if kind == "sharing":
+        kept = share(Path(sys.argv[2]))
+        fork_sleeper(ignore)
+    if kind in {"deep", "stubborn", "faceless"}:
+        fork_sleeper(ignore)
+        fork_sleeper(ignore, session=True)
+        fork_sleeper(ignore, session=True, orphan=True, empty=kind == "faceless")
+    if kind == "orderly":
+        orderly(Path(sys.argv[2]))
+    if kind == "forking" and os.fork() == 0:
+        os.setsid()
+        forking()
+    print("ready", flush=True)
+    sleep_on(ignore)
+    del kept  # its memory lives as long as it
+
+
+if __name__ == "__main__":
+    main()
