@@ -66,9 +66,7 @@ def test_there_are_recipes_in_both_languages() -> None:
 
 @pytest.mark.parametrize("command", BUILT)
 def test_every_option_is_a_setting_and_defaults_to_not_given(command: str) -> None:
-    known = {
-        key_of(*item) for name in ("common", section_of(command)) for item in SECTIONS[name].model_fields.items()
-    }
+    known = {key_of(*item) for name in ("common", section_of(command)) for item in SECTIONS[name].model_fields.items()}
     for name, parameter in parameters(command).items():
         assert name in known
         assert parameter.default is None
@@ -92,9 +90,7 @@ def as_typed(default: object) -> str:
 
 @pytest.mark.parametrize("command", BUILT)
 def test_defaults_in_help_texts_are_those_of_the_configuration(command: str) -> None:
-    fields = {
-        key_of(*i): i[1] for name in ("common", section_of(command)) for i in SECTIONS[name].model_fields.items()
-    }
+    fields = {key_of(*i): i[1] for name in ("common", section_of(command)) for i in SECTIONS[name].model_fields.items()}
     for name, parameter in parameters(command).items():
         default = fields[name].default
         stated = re.search(r"\[default: (.+)\]", parameter.help)
