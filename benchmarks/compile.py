@@ -49,6 +49,7 @@ class Measured:
     gb_per_s: float
     cp_gb_per_s: float
     cp_sync_gb_per_s: float
+    cp_cpu_s: float
     cpu_s: float
     peak_rss_bytes: int
 
@@ -61,14 +62,14 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[float, list[Measur
         make_checkpoint(source, options.layers, True)
     files = sorted(source.glob("*.safetensors"))
     size_gb = sum(path.stat().st_size for path in files) / 1e9
-    copies: dict[str, list[float]] = {name: [] for name in options.rows}
+    copies: dict[str, list[Cost]] = {name: [] for name in options.rows}
     synced: dict[str, list[float]] = {name: [] for name in options.rows}
     costs: dict[str, list[Cost]] = {name: [] for name in options.rows}
     output = work / "output"
     copy = f"mkdir {shlex.quote(str(output))} && cp {shlex.join(map(str, files))} {shlex.quote(str(output))}"
     for turn in range(options.repeat):
         for name in options.rows:
-            copies[name].append(timed(["bash", "-c", copy], files, output, work).wall_s)
+            copies[name].append(timed(["bash", "-c", copy], files, output, work))
             sync = f"{copy} && sync {shlex.quote(str(output))}/*"
             synced[name].append(timed(["bash", "-c", sync], files, output, work).wall_s)
             command = compile_command(source, output, *ROWS[name][1])
@@ -76,7 +77,7 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[float, list[Measur
             if name == "warm":
                 cost = timed(command, files, None, work)
             costs[name].append(cost)
-            speeds = [size_gb / seconds for seconds in (copies[name][-1], synced[name][-1], cost.wall_s)]
+            speeds = [size_gb / seconds for seconds in (copies[name][-1].wall_s, synced[name][-1], cost.wall_s)]
             shown = "cp {:.2f}, cp and sync {:.2f}, edgetool {:.2f} GB/s".format(*speeds)
             print(f"{turn + 1}/{options.repeat} {name}: {shown}", file=sys.stderr, flush=True)
     lines = []
@@ -87,8 +88,9 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[float, list[Measur
                 row=ROWS[name][0],
                 wall_s=wall_s,
                 gb_per_s=size_gb / wall_s,
-                cp_gb_per_s=size_gb / statistics.median(copies[name]),
+                cp_gb_per_s=size_gb / statistics.median(cost.wall_s for cost in copies[name]),
                 cp_sync_gb_per_s=size_gb / statistics.median(synced[name]),
+                cp_cpu_s=statistics.median(cost.cpu_s for cost in copies[name]),
                 cpu_s=statistics.median(cost.cpu_s for cost in costs[name]),
                 peak_rss_bytes=max(cost.peak_rss_bytes for cost in costs[name]),
             )
@@ -152,8 +154,8 @@ def table(lines: Sequence[Measured], size_gb: float, options: argparse.Namespace
     text = [
         f"{size_gb:.2f} GB, GPTQ 4 bits, group 128; medians of {options.repeat}, GB of checkpoint a second",
         "",
-        "| what | s | GB/s | `cp` | of `cp` | `cp`, `sync` | of that | CPU s | peak RSS, GB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| what | s | GB/s | `cp` | of `cp` | `cp`, `sync` | of that | CPU s | of `cp` | peak RSS, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for m in lines:
         cells = [
@@ -165,10 +167,11 @@ def table(lines: Sequence[Measured], size_gb: float, options: argparse.Namespace
             f"{m.cp_sync_gb_per_s:.2f}",
             f"{m.gb_per_s / m.cp_sync_gb_per_s:.2f}",
             f"{m.cpu_s:.2f}",
+            f"{m.cp_cpu_s:.2f}",
             f"{m.peak_rss_bytes / 1e9:.2f}",
         ]
         text.append("| " + " | ".join(cells) + " |")
-    text.append(f"| reference, weight by weight (scaled) | {total_s:.0f} | {size_gb / total_s:.4f} | | | | | | |")
+    text.append(f"| reference, weight by weight (scaled) | {total_s:.0f} | {size_gb / total_s:.4f} | | | | | | | |")
     return "\n".join(text)
 
 
