@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -21,8 +23,10 @@ from edgetool.serving.secrets import hide_argument
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "servers")
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    with tempfile.TemporaryDirectory(prefix="et-") as scratch:  # what tests leave behind goes with it
+        monkeypatch.setattr("tempfile.tempdir", scratch)
+        yield Registry(tmp_path / "servers")
 
 
 def claim(registry, name="out", *, exact=False):
