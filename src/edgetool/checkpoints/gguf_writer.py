@@ -9,19 +9,14 @@ bytes. Strings are a uint64 length and UTF-8. The same content gives the same by
 from __future__ import annotations
 
 import math
-import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetool.checkpoints.gguf_blocks import BLOCK, BLOCK_BYTES
-
-Array = npt.NDArray[Any]
+from edgetool.checkpoints.placed_file import PlacedFile
 
 TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "BF16": 30}
 """Element types that can be written -> their number, enum ggml_type."""
@@ -49,78 +44,14 @@ def tensor_bytes(entry: Entry) -> int:
     return math.prod(shape) // BLOCK * BLOCK_BYTES[kind]
 
 
-class GgufFileWriter:
-    """Writes one GGUF file. Tensors lie in the order of `entries` and may be written in any order, from any thread.
-
-    The caller maps OSError (disk full) with artifacts.disk_errors. As a context manager, an exception removes the file.
-    """
+class GgufFileWriter(PlacedFile):
+    """Writes one GGUF file. Tensors lie in the order of `entries`."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], entries: Sequence[Entry]) -> None:
-        self.path = path
-        header, self._places = _layout(metadata, entries)
-        self._missing = set(self._places)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self._pwrite(memoryview(header), 0)
-        end = max(
-            (offset + -(-nbytes // _ALIGNMENT) * _ALIGNMENT for offset, nbytes in self._places.values()), default=0
-        )
-        os.ftruncate(self._fd, max(end, len(header)))  # padding is zeros, that behind the last tensor too
-
-    def write(self, name: str, pieces: Iterable[Array]) -> None:
-        """Store one tensor: consecutive pieces of its data, any dtype.
-
-        Raises ValueError for a wrong byte count and a tensor written twice, KeyError for one that was not announced.
-        """
-        offset, nbytes = self._places[name]
-        if name not in self._missing:
-            raise ValueError(f"tensor {name!r} written twice")
-        done = 0
-        for piece in pieces:
-            little = np.ascontiguousarray(piece).astype(piece.dtype.newbyteorder("<"), copy=False)
-            view = little.reshape(-1).view(np.uint8).data
-            if done + len(view) > nbytes:
-                raise ValueError(f"tensor {name!r}: more than its {nbytes} bytes given")
-            self._pwrite(view, offset + done)
-            done += len(view)
-        if done != nbytes:
-            raise ValueError(f"tensor {name!r}: {done} of its {nbytes} bytes given")
-        self._missing.remove(name)
-
-    def close(self) -> None:
-        """Flush to the disk and close. Raises ValueError when an announced tensor was never written."""
-        if self._fd < 0:
-            return
-        try:
-            if self._missing:
-                raise ValueError(f"{self.path}: tensors never written: {sorted(self._missing)[:5]}")
-            os.fsync(self._fd)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """Close without checking; the file stays as far as it got."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done : done + (1 << 30)], offset + done)
-
-    def __enter__(self) -> GgufFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            if kind is not None or self._missing:
-                self.abort()
-                self.path.unlink(missing_ok=True)
+        header, places = _layout(metadata, entries)
+        # padding is zeros, that behind the last tensor too
+        ends = [offset + -(-nbytes // _ALIGNMENT) * _ALIGNMENT for offset, nbytes in places.values()]
+        super().__init__(path, header, places, max([len(header), *ends]))
 
 
 def _layout(metadata: Mapping[str, Value], entries: Sequence[Entry]) -> tuple[bytes, dict[str, tuple[int, int]]]:

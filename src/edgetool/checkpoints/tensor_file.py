@@ -15,13 +15,13 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32
+from edgetool.checkpoints.placed_file import PlacedFile
 from edgetool.errors import BadInput
 
 AnyArray = npt.NDArray[Any]
@@ -231,83 +231,30 @@ Entry = tuple[str, str, tuple[int, ...]]
 """Name, dtype name and shape of a tensor to be written."""
 
 
-class TensorFileWriter:
+class TensorFileWriter(PlacedFile):
     """Writes one safetensors file: the header at once, then each tensor at its place, in whatever order they come.
 
     `entries` are (name, dtype, shape). Data is laid out as the official library does it (dtypes of larger alignment
     first, then by name), so every tensor is aligned, and the same tensors give the same bytes whatever the order.
-    The caller maps OSError (disk full) with artifacts.disk_errors. As a context manager, an exception removes the file.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
         header, self._infos = _layout(path, entries, {"format": "pt"} if metadata is None else metadata)
-        self._missing = set(self._infos)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self._pwrite(memoryview(header), 0)
+        super().__init__(path, header, {name: (info.offset, info.nbytes) for name, info in self._infos.items()})
 
-    def write(self, name: str, data: AnyArray | Iterable[bytes | memoryview | AnyArray]) -> None:
+    def write(self, name: str, pieces: AnyArray | Iterable[bytes | memoryview | AnyArray]) -> None:
         """Store one tensor: an array of its shape and numpy dtype (BF16 as uint16), or consecutive raw pieces of it.
 
         Raises ValueError for a wrong dtype, shape or byte count and a tensor written twice, KeyError for one that was
         not announced.
         """
         info = self._infos[name]
-        if name not in self._missing:
-            raise ValueError(f"tensor {name!r} written twice")
-        if isinstance(data, np.ndarray):
-            if data.shape != info.shape or data.dtype != NUMPY_DTYPES[info.dtype]:
-                given = f"{data.dtype} {data.shape}"
+        if isinstance(pieces, np.ndarray):
+            if pieces.shape != info.shape or pieces.dtype != NUMPY_DTYPES[info.dtype]:
+                given = f"{pieces.dtype} {pieces.shape}"
                 raise ValueError(f"tensor {name!r}: announced {info.dtype} {info.shape}, given {given}")
-            data = (data,)
-        done = 0
-        for piece in data:
-            view = _raw(piece)
-            if done + len(view) > info.nbytes:
-                raise ValueError(f"tensor {name!r}: more than its {info.nbytes} bytes given")
-            self._pwrite(view, info.offset + done)
-            done += len(view)
-        if done != info.nbytes:
-            raise ValueError(f"tensor {name!r}: {done} of its {info.nbytes} bytes given")
-        self._missing.remove(name)
-
-    def close(self) -> None:
-        """Flush to the disk and close. Raises ValueError when an announced tensor was never written."""
-        if self._fd < 0:
-            return
-        try:
-            if self._missing:
-                raise ValueError(f"{self.path}: tensors never written: {sorted(self._missing)[:5]}")
-            os.fsync(self._fd)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """Close without checking; the file stays as far as it got."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done : done + (1 << 30)], offset + done)
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.close()
-                return
-        except BaseException:
-            self.path.unlink(missing_ok=True)
-            raise
-        self.abort()
-        self.path.unlink(missing_ok=True)
+            pieces = (pieces,)
+        super().write(name, pieces)
 
 
 def _layout(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:
@@ -330,13 +277,6 @@ def _layout(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -
         for begin, end in [entry["data_offsets"]]
     }
     return header, infos
-
-
-def _raw(piece: bytes | memoryview | AnyArray) -> memoryview:
-    if isinstance(piece, np.ndarray):
-        little = np.ascontiguousarray(piece).astype(piece.dtype.newbyteorder("<"), copy=False)
-        return little.reshape(-1).view(np.uint8).data
-    return memoryview(piece).cast("B")
 
 
 def write_tensor_file(
