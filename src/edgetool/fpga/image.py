@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,6 @@ class Image:
         if found:
             names = ", ".join(record["name"] for record in found)
             raise BadInput(f"{name!r} is several matrices of the image: {names}", "name one of them")
-        from difflib import get_close_matches
-
         near = get_close_matches(name, list(self.tensors), 1)
         hint = f"did you mean {near[0]}?" if near else "edgetool compile-vcu128 --inspect IMAGE lists all"
         raise BadInput(f"no tensor {name!r} in {self.directory}", hint)

@@ -37,10 +37,10 @@ def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress)
 
     Returns the result document. Raises any EdgetoolError; nothing appears at the output's place unless it is whole.
     """
-    modes = [name for name in ("inspect", "diff", "extract", "verify", "push") if getattr(config, name) is not None]
-    if set(modes) - {"inspect"} and len(set(modes) - {"inspect"}) > 1:
-        raise UsageError(f"--{modes[0]} and --{modes[1]} are two commands", "give one of them")
-    if not modes:
+    asked = [name for name in ("diff", "extract", "verify", "push") if getattr(config, name) is not None]
+    if len(asked) > 1:
+        raise UsageError(f"--{asked[0]} and --{asked[1]} are two commands", "give one of them")
+    if not asked and config.inspect is None:
         return compile_checkpoint(config, common, progress)
     from edgetool.fpga import checks, push, verify
 
@@ -129,7 +129,7 @@ def compile_checkpoint(config: CompileConfig, common: CommonConfig, progress: Pr
     for warning in draft.warnings:
         progress.warn(warning)
     if config.dry_run:
-        _check_place(out, config)
+        _check_place(out)
         return {"plan": plan_of(draft, emit, config.output)}
     identity = identity_of(settings, emit)
     if record_of(out.output, identity) is None:
@@ -161,7 +161,7 @@ def compile_checkpoint(config: CompileConfig, common: CommonConfig, progress: Pr
     return result_of(record, config.output, draft, unchanged=False, seconds=seconds, resumed=written.resumed)
 
 
-def _check_place(out: OutputDirectory, config: CompileConfig) -> None:
+def _check_place(out: OutputDirectory) -> None:
     """As `out.check()`, but an image that may turn out to be up to date is no obstacle to a plan."""
     if not (out.output / RECORD_NAME).is_file():
         out.check()

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edgetool.errors import BadInput
 from edgetool.fpga.hardware import VCU128, Hardware, align_up
 from edgetool.fpga.layout import MatrixLayout
@@ -189,8 +191,6 @@ def plan_ddr(
 
     Raises BadInput where DDR is too small even for the smallest chunk of tokens.
     """
-    import numpy as np
-
     placed: list[Constant] = []
     end = hardware.ddr_base
     for name, role, source, dtype, shape in constants:
