@@ -20,12 +20,14 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from edgetool.checkpoints.checkpoint import shard_index, write_index
 from edgetool.checkpoints.formats import FORMATS, Spec
@@ -69,6 +71,7 @@ class Measured:
     cp_gb_per_s: float
     cp_sync_gb_per_s: float
     cpu_s: float
+    cp_cpu_s: float
     peak_rss_bytes: int
 
 
@@ -170,7 +173,7 @@ class Bench:
 
     def measure(self, names: Sequence[str]) -> list[Measured]:
         """All rows, `repeat` times in turn, each between the two copies of the same files."""
-        copies: dict[str, list[float]] = {name: [] for name in names}
+        copies: dict[str, list[Cost]] = {name: [] for name in names}
         synced: dict[str, list[float]] = {name: [] for name in names}
         costs: dict[str, list[Cost]] = {name: [] for name in names}
         bytes_of: dict[str, int] = {}
@@ -183,12 +186,13 @@ class Bench:
                 copy = (
                     f"mkdir {shlex.quote(str(output))} && cp {shlex.join(map(str, files))} {shlex.quote(str(output))}"
                 )
-                copies[name].append(self._run(["bash", "-c", copy], files).wall_s)
+                copies[name].append(self._run(["bash", "-c", copy], files))
                 sync = f"{copy} && sync {shlex.quote(str(output))}/*"
                 synced[name].append(self._run(["bash", "-c", sync], files).wall_s)
                 costs[name].append(self._run(self._convert(source, output, row.target, row.verify), files))
                 speeds = [
-                    bytes_of[name] / 1e9 / s for s in (copies[name][-1], synced[name][-1], costs[name][-1].wall_s)
+                    bytes_of[name] / 1e9 / s
+                    for s in (copies[name][-1].wall_s, synced[name][-1], costs[name][-1].wall_s)
                 ]
                 shown = "cp {:.2f}, cp and sync {:.2f}, edgetool {:.2f} GB/s".format(*speeds)
                 print(f"{turn + 1}/{self.options.repeat} {name}: {shown}", file=sys.stderr, flush=True)
@@ -197,9 +201,10 @@ class Bench:
                 row=name,
                 input_gb=bytes_of[name] / 1e9,
                 gb_per_s=bytes_of[name] / 1e9 / statistics.median(cost.wall_s for cost in costs[name]),
-                cp_gb_per_s=bytes_of[name] / 1e9 / statistics.median(copies[name]),
+                cp_gb_per_s=bytes_of[name] / 1e9 / statistics.median(cost.wall_s for cost in copies[name]),
                 cp_sync_gb_per_s=bytes_of[name] / 1e9 / statistics.median(synced[name]),
                 cpu_s=statistics.median(cost.cpu_s for cost in costs[name]),
+                cp_cpu_s=statistics.median(cost.cpu_s for cost in copies[name]),
                 peak_rss_bytes=max(cost.peak_rss_bytes for cost in costs[name]),
             )
             for name in names
@@ -219,11 +224,23 @@ class Bench:
             with path.open("rb", buffering=0) as stream:
                 while stream.read(1 << 24):
                     pass
+        wait_until_idle(self.options.idle)
         log = self.work / "log"
         cost = run(command, os.environ, log, TIMEOUT_S)
         if cost.returncode != 0:
             raise SystemExit(f"{shlex.join(command)} ended with {cost.returncode}:\n{log.read_text(errors='replace')}")
         return cost
+
+
+def wait_until_idle(share: float) -> None:
+    """Return once at least `share` of the machine was idle for half a second."""
+    while share > 0:
+        before = psutil.cpu_times()
+        time.sleep(0.5)
+        after = psutil.cpu_times()
+        total = sum(after) - sum(before)
+        if after.idle + after.iowait - before.idle - before.iowait >= share * total:
+            return
 
 
 def table(lines: Sequence[Measured], options: argparse.Namespace) -> str:
@@ -233,8 +250,8 @@ def table(lines: Sequence[Measured], options: argparse.Namespace) -> str:
         f"{lines[0].input_gb:.2f} GB, 4 bits, group {GROUP_SIZE}, {kind}; {options.threads} threads; "
         f"medians of {options.repeat}, GB of input a second",
         "",
-        "| conversion | `--verify` | GB/s | `cp` | of `cp` | `cp`, `sync` | of that | CPU s | peak RSS, GB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| conversion | `--verify` | GB/s | `cp` | of `cp` | `cp`, `sync` | of that | CPU s | of `cp` | peak RSS, GB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for m in lines:
         row = ROWS[m.row]
@@ -247,6 +264,7 @@ def table(lines: Sequence[Measured], options: argparse.Namespace) -> str:
             f"{m.cp_sync_gb_per_s:.2f}",
             f"{m.gb_per_s / m.cp_sync_gb_per_s:.2f}",
             f"{m.cpu_s:.2f}",
+            f"{m.cp_cpu_s:.2f}",
             f"{m.peak_rss_bytes / 1e9:.2f}",
         ]
         text.append("| " + " | ".join(cells) + " |")
@@ -260,6 +278,7 @@ def main() -> None:
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help="zeros all in the middle")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--idle", type=float, default=0.0, help="wait with each command until this share is idle")
     parser.add_argument("--work", type=Path, help="keep the checkpoint in this directory, on the disk to be measured")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
