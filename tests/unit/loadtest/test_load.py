@@ -44,7 +44,8 @@ def test_every_request_is_measured_and_sent_as_openai_wants_it():
     assert body["max_tokens"] == 5
     assert body["ignore_eos"] is True
     assert body["temperature"] == 0.0
-    assert measured.warnings == ()
+    # on a busy machine the client rightly says that it may have been the slower of the two
+    assert [warning for warning in measured.warnings if not warning.startswith("this client was busy")] == []
 
 
 def test_prompts_have_the_wanted_length_as_the_server_counts_it():
