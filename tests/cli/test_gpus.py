@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_the_table_shows_everything_a_person_looks_for(gpus: Shell) -> None:
         "40.0 GiB",
     ):
         assert part in text
-    assert "port 20000 (nobody listens)" in text or "(nobody listens)" in text
+    assert re.search(r"port 2\d{4} \(nobody listens\)", text)
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
@@ -364,7 +365,7 @@ def test_a_lock_directory_that_cannot_be_used_is_a_configuration_error(gpus: She
 def test_a_plan_is_shown_and_nothing_is_leased(gpus: Shell) -> None:
     document = gpus.json("run", "--class", "4090", "--count", "2", "--min-free", "22GiB", "--ports", "1", "--dry-run")
     assert len(document["gpus"]) == 2
-    assert document["ports"] == [20_000]
+    assert 20_000 <= document["ports"][0] <= 29_999
     assert held(gpus) == []
 
 

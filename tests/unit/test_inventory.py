@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,13 @@ def test_nvml_tells_the_same_as_the_recording(machine: dict[str, Any], monkeypat
 
 
 def test_users_and_commands_come_from_the_system(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    machine["gpus"][1]["processes"] = [{"pid": os.getpid(), "user": "?", "command": "?", "used_memory_bytes": GIB}]
-    fake_nvml.install(monkeypatch, machine)
-    (process,) = read_nvml().gpus[1].processes
+    with subprocess.Popen(["sleep", "600"]) as job:
+        machine["gpus"][1]["processes"] = [{"pid": job.pid, "user": "?", "command": "?", "used_memory_bytes": GIB}]
+        fake_nvml.install(monkeypatch, machine)
+        (process,) = read_nvml().gpus[1].processes
+        job.kill()
     assert process.user == Path("/proc/self").owner()
-    assert "pytest" in str(process.command)
+    assert process.command == "sleep 600"
     assert describe(2**22 + 1) == (None, None)  # a number that no process can have
 
 
