@@ -6,11 +6,13 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,14 +404,15 @@ def test_watching_repeats_the_table_until_it_is_interrupted(gpus: Shell) -> None
     seen = b""
     while seen.count(b"driver 580.1") < 3:
         seen += os.read(terminal, 10_000)
+    until = time.monotonic() + 60
     os.write(terminal, b"\x03")
-    try:
-        while os.read(terminal, 10_000):
-            pass
-    except OSError:  # the other end of the terminal is closed
-        pass
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        assert time.monotonic() < until
+        with suppress(OSError):  # the other end of the terminal is closed
+            if select.select([terminal], [], [], 0.1)[0]:
+                os.read(terminal, 10_000)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
     assert b"\x1b[H" in seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,7 @@ def in_a_child(act: Callable[[], object], uid: int | None = None) -> str:
     child = os.fork()
     if child == 0:
         os.close(reading)
+        signal.alarm(120)  # a fork of a process with threads can hang: then the test fails, and does not hang with it
         try:
             if uid is not None:
                 become(uid)

@@ -73,6 +73,7 @@ def lost_owner(scheduler: Scheduler, request: Request, command: list[str], keep:
     reading, writing = os.pipe()
     owner = os.fork()
     if owner == 0:
+        signal.alarm(120)
         try:
             os.setsid()
             lease = scheduler.acquire(request, command="serve")
@@ -269,10 +270,13 @@ def test_each_user_reaps_for_himself(open_scheduler: Scheduler, driver: Driver) 
     reading, writing = os.pipe()
     middle = os.fork()
     if middle == 0:
+        signal.alarm(120)
         become(NOBODY)
         os.write(writing, str(lost_owner(open_scheduler, Request(board="b"), ["sleep", "600"])[1]).encode())
         os._exit(0)
+    os.close(writing)
     theirs = int(os.read(reading, 16))
+    os.close(reading)
     os.waitpid(middle, 0)
     assert [item["pid"] for item in reap(open_scheduler.directory, driver, grace_s=0)["reaped"]] == [ours]
     assert identify(theirs)
