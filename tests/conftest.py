@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# `make test &` in a script starts with SIGINT ignored, nohup adds SIGHUP; programs that the tests start would inherit
+# that, and a shell cannot trap what was ignored when it began.
+for _name in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_name) is signal.SIG_IGN:
+        signal.signal(_name, signal.default_int_handler if _name == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
