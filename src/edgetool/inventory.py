@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.errors import ConfigError
-from edgetool.leases import process_uid, user_name
+from edgetool.lease_records import process_uid, user_name
 
 _GEFORCE = re.compile(r"(?:RTX|GTX) (\d{3,4})((?: (?:Ti|SUPER|D|Laptop))*)", re.IGNORECASE)
 _MODEL = re.compile(r"\b([A-Z]{1,2}\d{1,4}[A-Z]?)\b")

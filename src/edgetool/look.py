@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetool import ports
 from edgetool.inventory import Gpu, Inventory
-from edgetool.leases import Entry, Scan
+from edgetool.lease_records import Entry, Scan
 from edgetool.ownership import Owners
 from edgetool.placement import Unit, units_of
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from edgetool import process_tree
 from edgetool.inventory import Gpu, GpuProcess
-from edgetool.leases import DIRECTORY_VARIABLE, Entry, lease_ids, process_uid
+from edgetool.lease_records import DIRECTORY_VARIABLE, Entry, lease_ids, process_uid
 from edgetool.process_tree import ProcessId
 
 ProcessClass = Literal["leased", "orphan", "foreign", "system"]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgetool.inventory import Gpu, GpuProcess, Inventory, same_class
-from edgetool.leases import Entry, Share
+from edgetool.lease_records import Entry, Share
 from edgetool.ownership import Owner, Owners
 
 MIG_SUFFIX = "-MIG"

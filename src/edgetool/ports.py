@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from edgetool.leases import user_name
+from edgetool.lease_records import user_name
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LISTEN = "0A"

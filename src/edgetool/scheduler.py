@@ -20,18 +20,16 @@ from typing import TYPE_CHECKING, Any
 from edgetool import ports as tcp
 from edgetool.errors import ResourceUnavailable
 from edgetool.inventory import Inventory, reader
-from edgetool.leases import (
+from edgetool.lease_records import (
     DIRECTORY_VARIABLE,
     LEASE_FDS_VARIABLE,
     Entry,
-    LeaseDirectory,
-    OpenDirectory,
     Record,
-    choose_directory,
     lease_ids,
     new_record,
     write_record,
 )
+from edgetool.leases import LeaseDirectory, OpenDirectory, choose_directory
 from edgetool.look import Look
 from edgetool.ownership import Owners
 from edgetool.placement import Request, place, units_of, who

@@ -25,7 +25,8 @@ from typing import Any
 from edgetool import leases
 from edgetool.errors import ResourceUnavailable
 from edgetool.inventory import Gpu, Inventory
-from edgetool.leases import DIRECTORY_VARIABLE, LeaseDirectory
+from edgetool.lease_records import DIRECTORY_VARIABLE
+from edgetool.leases import LeaseDirectory
 from edgetool.process_tree import entries, variable_of
 from edgetool.reaping import reap
 from edgetool.scheduler import Lease, Request, Scheduler

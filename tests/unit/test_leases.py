@@ -15,7 +15,8 @@ import pytest
 
 from edgetool import leases
 from edgetool.errors import ConfigError, EdgetoolError, ResourceUnavailable
-from edgetool.leases import LeaseDirectory, Share, new_record, shown_command, write_record
+from edgetool.lease_records import Share, new_record, shown_command, write_record
+from edgetool.leases import LeaseDirectory
 from tests.fakes.other_user import NOBODY, as_root, in_a_child
 
 

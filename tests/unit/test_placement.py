@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgetool.inventory import Gpu, GpuProcess, Inventory, MigInstance, read_recorded
-from edgetool.leases import Entry, Record, Share
+from edgetool.lease_records import Entry, Record, Share
 from edgetool.ownership import Owners
 from edgetool.placement import Placement, Request, place, units_of
 

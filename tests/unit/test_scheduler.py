@@ -18,8 +18,8 @@ import pytest
 from edgetool import scheduler as module
 from edgetool.errors import ResourceUnavailable
 from edgetool.inventory import Inventory, read_recorded
+from edgetool.lease_records import LEASE_FDS_VARIABLE
 from edgetool.lease_watch import LeaseWatch
-from edgetool.leases import LEASE_FDS_VARIABLE
 from edgetool.ports import Trouble, candidates, ephemeral_range, listener, trouble
 from edgetool.process_tree import LEASE_VARIABLE
 from edgetool.progress import RecordingProgress

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgetool.console import Block, Output, Table, Text
-from edgetool.leases import Entry
+from edgetool.lease_records import Entry
 from edgetool.look import Look
 from edgetool.placement import Request, gib
 from edgetool.progress_lines import duration

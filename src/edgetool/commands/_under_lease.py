@@ -8,7 +8,7 @@ from edgetool import foreground
 from edgetool.commands._blocks import report
 from edgetool.commands._run import Run
 from edgetool.errors import UsageError
-from edgetool.leases import shown_command
+from edgetool.lease_records import shown_command
 from edgetool.ownership import orphans
 from edgetool.placement import Request
 from edgetool.scheduler import Lease, Scheduler
