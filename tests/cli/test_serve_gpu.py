@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from tests.fakes.served import Served, is_free, leases
 
+pytestmark = pytest.mark.slow
+
 TINY = ("--engine", "transformers", "--device", "cpu", "--threads", "1", "--max-model-len", "128")
 EIGHT_GPUS = Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json"
 FIELDS = {

@@ -14,6 +14,8 @@ import pytest
 from tests.fakes.fake_vllm import make_fake_vllm, starts, variables
 from tests.fakes.served import Served
 
+pytestmark = pytest.mark.slow
+
 EIGHT_GPUS = Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json"
 CLASSES = {gpu["uuid"]: gpu["name"] for gpu in json.loads(EIGHT_GPUS.read_text())["gpus"]}
 
