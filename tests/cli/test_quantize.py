@@ -522,8 +522,7 @@ def test_the_demo_command_quantises_compares_and_may_be_run_again(
         assert spec == "demo"
         return ResolvedSource(model, spec, {})
 
-    for module in ("demo", "job"):
-        monkeypatch.setattr(f"edgetool.quantizers.{module}.resolve", resolve)
+    monkeypatch.setattr("edgetool.checkpoints.sources.resolve", resolve)
     monkeypatch.setattr("edgetool.quantizers.demo.EVALUATION_TOKENS", 1024)
     monkeypatch.setattr("edgetool.quantizers.demo.ANSWER_TOKENS", 4)
     monkeypatch.chdir(tmp_path)

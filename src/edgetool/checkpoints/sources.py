@@ -25,6 +25,7 @@ from typing import Any
 from edgetool.artifacts import MANIFEST_NAME, disk_errors, sha256_file, write_manifest
 from edgetool.checkpoints.gguf_import import IMPORT_VERSION, import_gguf
 from edgetool.checkpoints.hubs import fetch_huggingface, fetch_modelscope
+from edgetool.config import CommonConfig
 from edgetool.errors import BadInput, EdgetoolError, MissingDependency, ResourceUnavailable
 from edgetool.progress import NullProgress, Progress
 
@@ -100,6 +101,18 @@ def resolve(
         raise BadInput(f"{spec}: no such directory", f"for the repository on the Hugging Face hub: hf:{spec}")
     raise BadInput(
         f"{spec}: no such file or directory", "a model is a directory, a .gguf file, demo, hf:org/name or ms:org/name"
+    )
+
+
+def resolve_configured(spec: str, common: CommonConfig, revision: str | None, progress: Progress) -> ResolvedSource:
+    """`resolve` with the cache, the network and the token that the user has configured."""
+    return resolve(
+        spec,
+        cache_dir=common.cache_dir,
+        offline=common.offline,
+        revision=revision,
+        token=common.token(),
+        progress=progress,
     )
 
 

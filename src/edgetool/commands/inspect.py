@@ -31,15 +31,8 @@ def inspect(
         from edgetool.checkpoints.inspect import inspect_checkpoint
         from edgetool.commands._blocks import listing, report
 
-        common, settings = this.config.common, this.config.inspect
-        source = sources.resolve(
-            settings.model,
-            cache_dir=common.cache_dir,
-            offline=common.offline,
-            revision=settings.revision,
-            token=common.token(),
-            progress=this.progress,
-        )
+        settings = this.config.inspect
+        source = sources.resolve_configured(settings.model, this.config.common, settings.revision, this.progress)
         result: dict[str, Any] = inspect_checkpoint(source.path).to_dict()
         shown = {key: value for key, value in result.items() if key != "problems"}
         problems = result.get("problems") or ["none found"]

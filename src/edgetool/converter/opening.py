@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgetool.checkpoints.sources import ResolvedSource, resolve
+from edgetool.checkpoints.sources import ResolvedSource, resolve_configured
 from edgetool.config import CommonConfig, ConvertConfig
 from edgetool.converter.compare import Order
 from edgetool.converter.floats import DTYPE_OF
@@ -104,12 +104,5 @@ def open_source(config: ConvertConfig, common: CommonConfig, progress: Progress)
             )
         dtype = DTYPE_OF.get(config.to or "", "F16")
         return GgufSource.open(path, dtype), ResolvedSource(path, config.source, {"kind": "gguf", "file": path.name})
-    resolved = resolve(
-        config.source,
-        cache_dir=common.cache_dir,
-        offline=common.offline,
-        revision=config.revision,
-        token=common.token(),
-        progress=progress,
-    )
+    resolved = resolve_configured(config.source, common, config.revision, progress)
     return CheckpointSource.open(resolved.path, config.source_format), resolved

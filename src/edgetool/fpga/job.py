@@ -13,7 +13,7 @@ from typing import Any
 from edgetool.artifacts import MANIFEST_NAME as RECORD_NAME
 from edgetool.artifacts import OutputDirectory, disk_errors, write_manifest
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.sources import ResolvedSource, resolve
+from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import CommonConfig, CompileConfig
 from edgetool.errors import BadInput, ConfigError, Stopped, UsageError, VerificationFailed
 from edgetool.fpga.compiler import compile_plan
@@ -57,7 +57,7 @@ def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress)
             raise UsageError("--extract needs --output", f"edgetool compile-vcu128 {image} --extract NAME -o FILE")
         return checks.extract(image, config.extract, config.output, config.overwrite)
     if config.verify is not None:
-        source = _resolve(config.verify, config, common, progress)
+        source = resolve_configured(config.verify, common, config.revision, progress)
         return verify.verify(image, Checkpoint.open(source.path), threads, progress)
     return checks.inspect(image, threads, progress)
 
@@ -75,17 +75,6 @@ def _image_of(config: CompileConfig) -> Path:
     if config.output != Path() and config.extract is None:
         return config.output
     raise UsageError("compile-vcu128 needs the IMAGE", "edgetool compile-vcu128 IMAGE --extract NAME -o x.safetensors")
-
-
-def _resolve(spec: str, config: CompileConfig, common: CommonConfig, progress: Progress) -> ResolvedSource:
-    return resolve(
-        spec,
-        cache_dir=common.cache_dir,
-        offline=common.offline,
-        revision=config.revision,
-        token=common.token(),
-        progress=progress,
-    )
 
 
 def settings_of(config: CompileConfig) -> CompileSettings:
@@ -121,7 +110,7 @@ def compile_checkpoint(config: CompileConfig, common: CommonConfig, progress: Pr
     if config.output == Path():
         raise UsageError("compile-vcu128 needs --output", f"edgetool compile-vcu128 {config.model} -o image")
     emit, settings, threads = emit_of(config), settings_of(config), threads_of(config)
-    source = _resolve(config.model, config, common, progress)
+    source = resolve_configured(config.model, common, config.revision, progress)
     checkpoint = Checkpoint.open(source.path)
     out = OutputDirectory(config.output, config.overwrite, config.resume)
     refuse_overlap(out, [source.path])

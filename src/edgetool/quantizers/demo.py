@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.sources import resolve
+from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import CommonConfig, DemoConfig, QuantizeConfig
 from edgetool.progress import Progress
 from edgetool.quantizers.job import run_quantize
@@ -37,7 +37,7 @@ def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> di
         common,
         progress,
     )
-    source = resolve("demo", cache_dir=common.cache_dir, offline=common.offline, progress=progress).path
+    source = resolve_configured("demo", common, None, progress).path
     original = _measure(Checkpoint.open(source), "original", config.threads, progress)
     result = _measure(Checkpoint.open(config.output), "quantised", config.threads, progress)
     return {

@@ -13,7 +13,7 @@ from edgetool import __version__
 from edgetool.artifacts import MANIFEST_NAME, OutputDirectory, atomic_write, disk_errors, write_manifest
 from edgetool.checkpoints.checkpoint import Checkpoint, read_json_object
 from edgetool.checkpoints.formats import FORMATS, Spec
-from edgetool.checkpoints.sources import ResolvedSource, resolve
+from edgetool.checkpoints.sources import ResolvedSource, resolve_configured
 from edgetool.config import CommonConfig, QuantizeConfig
 from edgetool.errors import Stopped
 from edgetool.models.architectures import map_layers
@@ -65,14 +65,7 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
 
     out = OutputDirectory(config.output, config.overwrite, config.resume)
     out.check()  # before a model is fetched for nothing
-    source = resolve(
-        config.model,
-        cache_dir=common.cache_dir,
-        offline=common.offline,
-        revision=config.revision,
-        token=common.token(),
-        progress=progress,
-    )
+    source = resolve_configured(config.model, common, config.revision, progress)
     checkpoint = Checkpoint.open(source.path)
     refuse_overlap(out, [source.path, Path(config.model)])
     refuse_quantized(checkpoint)

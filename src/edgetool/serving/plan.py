@@ -12,7 +12,7 @@ import psutil
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import QuantizationFound
 from edgetool.checkpoints.inspect import has_chat_template
-from edgetool.config import CommonConfig, ServeGpuConfig
+from edgetool.config import ServeGpuConfig
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.inventory import Gpu, Inventory, same_class
 from edgetool.scheduler import Request
@@ -176,17 +176,3 @@ def available_bytes() -> int:
         return min(free, int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))
     except (OSError, ValueError):
         return free
-
-
-def resolve(spec: str, settings: ServeGpuConfig, common: CommonConfig, progress: Any) -> Path:
-    """The directory of a model, fetched or converted if need be."""
-    from edgetool.checkpoints import sources
-
-    return sources.resolve(
-        spec,
-        cache_dir=common.cache_dir,
-        offline=common.offline,
-        revision=settings.revision,
-        token=common.token(),
-        progress=progress,
-    ).path

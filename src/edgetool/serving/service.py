@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.backends import environments
+from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import Config
 from edgetool.config_sources import COMMAND_LINE
 from edgetool.errors import BackendFailed, ConfigError, MissingDependency, ResourceUnavailable
@@ -21,7 +22,7 @@ from edgetool.progress import Progress
 from edgetool.scheduler import from_config
 from edgetool.serving import shared_memory, vllm_engine
 from edgetool.serving.auth import new_key
-from edgetool.serving.plan import Plan, make_plan, resolve
+from edgetool.serving.plan import Plan, make_plan
 from edgetool.serving.registry import Record, Registry
 from edgetool.serving.secrets import hide_argument
 from edgetool.serving.server import Interpreters, Server, lease_for
@@ -69,7 +70,7 @@ def make_plans(config: Config, progress: Progress) -> list[Plan]:
         if plans:  # the name and context that were given are those of the first
             own = settings.model_copy(update={"served_model_name": None})
         taken = sum(plan.allowed.needed_bytes + plan.allowed.kv_cache_bytes for plan in plans)
-        path = resolve(spec, settings, config.common, progress)
+        path = resolve_configured(spec, config.common, settings.revision, progress).path
         plan = make_plan(spec, path, own, inventory, shared=shared, taken_bytes=taken)
         if any(plan.served_model_name == other.served_model_name for other in plans):
             plan = replace(plan, served_model_name=f"{plan.served_model_name}-original")
