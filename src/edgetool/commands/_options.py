@@ -5,8 +5,11 @@ Help texts state the default in brackets; tests/contracts compares them with con
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,3 +51,26 @@ ApiKey = Annotated[
         "--api-key", metavar="KEY", help="Key of the server; better in EDGETOOL_API_KEY: options are seen in `ps`."
     ),
 ]
+
+
+def with_common(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, after its own options, those that every command has; `_run.run` reads them from the context."""
+    common = {
+        "config": ConfigFile,
+        "show_config": ShowConfig,
+        "json": Json,
+        "progress": ProgressMode,
+        "quiet": Quiet,
+    }
+
+    @functools.wraps(command)
+    def accepting(**values: Any) -> None:
+        command(**{name: value for name, value in values.items() if name not in common})
+
+    own = inspect.signature(command, eval_str=True)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in common.items()
+    ]
+    accepting.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+    return accepting

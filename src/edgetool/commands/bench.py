@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
+@o.with_common
 def bench(
     ctx: typer.Context,
     url: Annotated[
@@ -59,11 +60,6 @@ def bench(
         str | None, Option("--timeout", metavar="TIME", help="Longest wait for the next word [default: 600].")
     ] = None,
     plot: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw the figures into this SVG file.")] = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Measure an OpenAI endpoint.
 

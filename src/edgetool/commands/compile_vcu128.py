@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
+@o.with_common
 def compile_vcu128(
     ctx: typer.Context,
     model: Annotated[
@@ -82,11 +83,6 @@ def compile_vcu128(
     dry_run: o.DryRun = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Compile a quantised checkpoint for a VCU128 board.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
+@o.with_common
 def convert(
     ctx: typer.Context,
     source: Annotated[
@@ -62,11 +63,6 @@ def convert(
     dry_run: o.DryRun = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Convert a quantised checkpoint to another layout, without changing a weight.
 

@@ -8,17 +8,13 @@ from edgetool.commands import _options as o
 from edgetool.commands._run import run
 
 
+@o.with_common
 def demo(
     ctx: typer.Context,
     output: o.Output = None,
     threads: o.Threads = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Quantise a real small model and compare.
 

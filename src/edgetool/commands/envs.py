@@ -41,14 +41,10 @@ def envs() -> None:
 
 
 @app.command("list")
+@o.with_common
 def list_environments(
     ctx: typer.Context,
     directory: Directory = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """List the environments that there can be, and which are ready."""
     with run(ctx, "envs") as this:
@@ -59,6 +55,7 @@ def list_environments(
 
 
 @app.command("install")
+@o.with_common
 def install(
     ctx: typer.Context,
     name: Name = None,
@@ -67,11 +64,6 @@ def install(
     find_links: FindLinks = None,
     torch_index: TorchIndex = None,
     offline: o.Offline = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Install an environment, or build it anew when its list of requirements has changed.
 
@@ -88,15 +80,11 @@ def install(
 
 
 @app.command("remove")
+@o.with_common
 def remove(
     ctx: typer.Context,
     name: Name = None,
     directory: Directory = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Delete an environment that edgetool has installed and nobody uses."""
     with run(ctx, "envs") as this:
@@ -108,16 +96,12 @@ def remove(
 
 
 @app.command("doctor")
+@o.with_common
 def doctor(
     ctx: typer.Context,
     name: Name = None,
     directory: Directory = None,
     build_python: Python = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Say what keeps environments from being used or installed here.
 

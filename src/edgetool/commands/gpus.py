@@ -43,15 +43,11 @@ DryRun = Annotated[bool | None, typer.Option("--dry-run", help="Say what would b
 
 
 @app.callback()
+@o.with_common
 def gpus(
     ctx: typer.Context,
     watch: Watch = None,
     interval_s: Interval = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Show this machine's GPUs, ports and boards, who uses them and who has leased them.
 
@@ -75,6 +71,7 @@ def gpus(
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
+@o.with_common
 def run(
     ctx: typer.Context,
     command: Annotated[
@@ -89,11 +86,6 @@ def run(
     board: Board = None,
     wait_s: Wait = None,
     dry_run: DryRun = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Run a command on leased GPUs, ports or boards, and return its exit code.
 
@@ -122,15 +114,11 @@ def run(
 
 
 @app.command("reap")
+@o.with_common
 def reap(
     ctx: typer.Context,
     grace_s: Grace = None,
     dry_run: DryRun = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """End the processes of your leases whose owner is gone, and prove that they and their memory are gone.
 

@@ -10,17 +10,13 @@ from edgetool.commands import _options as o
 from edgetool.commands._run import run
 
 
+@o.with_common
 def inspect(
     ctx: typer.Context,
     model: o.Model = None,
     revision: o.Revision = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Say what a checkpoint is, and what is wrong with it.
 

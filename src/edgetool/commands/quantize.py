@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
+@o.with_common
 def quantize(
     ctx: typer.Context,
     model: o.Model = None,
@@ -89,11 +90,6 @@ def quantize(
     dry_run: o.DryRun = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Quantise a model for vLLM, transformers or a board.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
+@o.with_common
 def serve_gpu(
     ctx: typer.Context,
     model: o.Model = None,
@@ -109,11 +110,6 @@ def serve_gpu(
     dry_run: o.DryRun = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,
-    config: o.ConfigFile = None,
-    show_config: o.ShowConfig = None,
-    json: o.Json = None,
-    progress: o.ProgressMode = None,
-    quiet: o.Quiet = None,
 ) -> None:
     """Serve a model with vLLM behind an OpenAI API.
 
