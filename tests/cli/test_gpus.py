@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from edgetool.process_tree import alive, identify
+from tests.fakes.started import started
 
 RECORDED = Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json"
 GIB = 2**30
@@ -229,7 +230,7 @@ def test_a_killed_run_leaves_the_lease_with_its_command_and_both_are_shown_as_th
 
 def test_reaping_touches_nothing_that_is_leased_or_foreign(gpus: Shell) -> None:
     _, pid, _ = gpus.start("--class", "4090", "--min-free", "22GiB")
-    stranger = subprocess.Popen(["sleep", "600"])
+    stranger = started(["sleep", "600"])
     gpus.put(json.loads(RECORDED.read_text())["gpus"][1]["uuid"], stranger.pid, 1)
     process = identify(pid)
     assert process

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from edgetool.errors import ConfigError
 from edgetool.inventory import Inventory, describe, gpu_class, read_nvml, read_recorded, same_class
 from tests.fakes import fake_nvml
+from tests.fakes.started import started
 
 RECORDED = Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json"
 GIB = 2**30
@@ -98,7 +98,7 @@ def test_nvml_tells_the_same_as_the_recording(machine: dict[str, Any], monkeypat
 
 
 def test_users_and_commands_come_from_the_system(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with subprocess.Popen(["sleep", "600"]) as job:
+    with started(["sleep", "600"]) as job:
         machine["gpus"][1]["processes"] = [{"pid": job.pid, "user": "?", "command": "?", "used_memory_bytes": GIB}]
         fake_nvml.install(monkeypatch, machine)
         (process,) = read_nvml().gpus[1].processes

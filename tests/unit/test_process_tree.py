@@ -15,15 +15,14 @@ import pytest
 
 from edgetool import process_tree
 from edgetool.process_tree import ProcessId, alive, carriers, descendants, end_tree, entry, identify, reap, send
+from tests.fakes.started import started
 
 TOKEN = secrets.token_hex(8)
 
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "600"], env={**os.environ, "EDGETOOL_TREE": f"{TOKEN}-outer:{TOKEN}"}) as process:
-        while carriers(TOKEN) != {identify(process.pid)}:  # between fork and exec it has our environment
-            time.sleep(0.01)
+    with started(["sleep", "600"], env={**os.environ, "EDGETOOL_TREE": f"{TOKEN}-outer:{TOKEN}"}) as process:
         yield process
         process.kill()
 

@@ -22,6 +22,7 @@ from edgetool.progress import RecordingProgress
 from edgetool.reaping import reap
 from edgetool.scheduler import Lease, Request, Scheduler
 from tests.fakes.other_user import NOBODY, as_root, become, in_a_child
+from tests.fakes.started import started
 
 GIB = 2**30
 
@@ -59,7 +60,7 @@ def start() -> Iterator[Callable[..., int]]:
         if lease and environment:
             env |= lease.environment()
         fds = lease.fds if lease and inherit else ()
-        running.append(subprocess.Popen(["sleep", "600"], pass_fds=fds, env=env, **more))  # type: ignore[call-overload]
+        running.append(started(["sleep", "600"], pass_fds=fds, env=env, **more))
         return running[-1].pid
 
     yield sleep
@@ -184,7 +185,7 @@ def test_nothing_but_orphans_of_leases_is_ended(
     # texts that look like a lease and are none
     for text in ("0123456789abcdef", "", "no lease", lease.id + "0", ":"):
         env = {"EDGETOOL_LOCK_DIR": "/somewhere/else", LEASE_VARIABLE: text}
-        safe.append(subprocess.Popen(["sleep", "600"], env=env).pid)
+        safe.append(started(["sleep", "600"], env=env).pid)
     driver.pids = safe
     assert elsewhere.release() is False
     result = reap(scheduler.directory, driver, grace_s=0)
@@ -207,7 +208,7 @@ def test_processes_of_other_users_are_never_ended_and_others_cannot_pass_for_our
 
     def pretend() -> int:
         env = {LEASE_VARIABLE: entry.record.id, "EDGETOOL_LOCK_DIR": str(scheduler.directory.path)}
-        return subprocess.Popen(["sleep", "600"], env=env).pid
+        return started(["sleep", "600"], env=env).pid
 
     pretender = int(in_a_child(pretend, NOBODY))
     driver.pids = [orphan, pretender]

@@ -25,6 +25,7 @@ from edgetool.process_tree import LEASE_VARIABLE
 from edgetool.progress import RecordingProgress
 from edgetool.scheduler import Lease, Request, Scheduler
 from tests.fakes.other_user import NOBODY, as_root, in_a_child
+from tests.fakes.started import started
 
 RECORDED_PATH = Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json"
 RECORDED = read_recorded(RECORDED_PATH)
@@ -138,7 +139,7 @@ def test_releasing_while_a_child_goes_on_leaves_the_lease_with_the_child(
     make: Make, children: list[subprocess.Popen[bytes]]
 ) -> None:
     lease = make().acquire(Request(1, "H100", 40 * GIB), command="serve")
-    children.append(subprocess.Popen(["sleep", "600"], pass_fds=lease.fds, env={**os.environ, **lease.environment()}))
+    children.append(started(["sleep", "600"], pass_fds=lease.fds, env={**os.environ, **lease.environment()}))
     assert not lease.release()
     (entry,) = make().look().held
     assert entry.orphaned

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import venv
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from edgetool.backends.installer import remove, without_cuda
 from edgetool.config import EnvironmentName, EnvsConfig, load
 from edgetool.errors import ConfigError, EdgetoolError, MissingDependency, ResourceUnavailable, UsageError
 from tests.fakes import tiny_environment
+from tests.fakes.started import started
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_an_environment_in_use_is_not_removed_even_by_what_outlives_its_user(
     made: Path, tiny: Recipe, settings: EnvsConfig
 ) -> None:
     with use("tiny", settings) as first, use("tiny", settings):  # two users do not mind each other
-        worker = subprocess.Popen(["sleep", "600"], pass_fds=first.fds)
+        worker = started(["sleep", "600"], pass_fds=first.fds)
         with pytest.raises(ResourceUnavailable, match="is in use"):
             remove(tiny, settings)
     with pytest.raises(ResourceUnavailable, match=f"is in use by process {worker.pid}"):

@@ -20,6 +20,7 @@ from edgetool.process_tree import identify
 from edgetool.serving import shared_memory
 from edgetool.serving.registry import Registry
 from edgetool.serving.secrets import hide_argument
+from tests.fakes.started import started
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_long_directory_for_temporary_files_is_passed_over(registry, tmp_path,
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_look(registry):
-    child = subprocess.Popen(["sleep", "60"])
+    child = started(["sleep", "60"])
     record = of_another(registry, claim(registry), child.pid)
     assert [found.name for found in registry.records()] == ["out"]
     child.kill()
@@ -100,7 +101,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_look(registry):
 
 
 def test_a_number_that_another_process_has_by_now_is_not_the_server(registry):
-    child = subprocess.Popen(["sleep", "60"])
+    child = started(["sleep", "60"])
     try:
         record = of_another(registry, claim(registry), child.pid)
         other = replace(record, start_ticks=record.start_ticks - 1)
@@ -114,7 +115,7 @@ def test_a_number_that_another_process_has_by_now_is_not_the_server(registry):
 
 
 def test_stop_ends_the_process_and_says_so(registry):
-    child = subprocess.Popen(["sleep", "60"])
+    child = started(["sleep", "60"])
     threading.Thread(target=child.wait, daemon=True).start()
     of_another(registry, claim(registry), child.pid)
     stopped = registry.stop("out", 20)
