@@ -15,26 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
+from beside_cp import COLUMNS, BesideCp, Measured, Trial, add_options, write_json
 from edgetool.checkpoints.checkpoint import shard_index, write_index
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES, TensorFileWriter
-from measure import Cost, run
 
-TIMEOUT_S = 1800.0
 GROUP_SIZE = 128
 HIDDEN, FFN, KEY_VALUE = 3584, 18944, 512  # Qwen2.5-7B
 VOCABULARY = 32000  # a fifth of its own, so that copied embeddings are a small part
@@ -59,20 +55,6 @@ ROWS = {
     "awq-ct-all": Row("awq", "compressed-tensors", "all"),
     "gptq-fp16": Row("gptq", "fp16"),
 }
-
-
-@dataclass
-class Measured:
-    """A finished line: medians over the repetitions."""
-
-    row: str
-    input_gb: float
-    gb_per_s: float
-    cp_gb_per_s: float
-    cp_sync_gb_per_s: float
-    cpu_s: float
-    cp_cpu_s: float
-    peak_rss_bytes: int
 
 
 def linears(layers: int) -> dict[str, tuple[int, int]]:
@@ -157,90 +139,35 @@ class Bench:
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options = options
         self.work = work
+        self.beside = BesideCp(work, options.idle)
         self.checkpoints = {"gptq": work / f"gptq-{options.layers}-{'sym' if options.sym else 'asym'}"}
         if not (self.checkpoints["gptq"] / "config.json").is_file():
             shutil.rmtree(self.checkpoints["gptq"], ignore_errors=True)
             make_checkpoint(self.checkpoints["gptq"], options.layers, options.sym)
 
-    def source_of(self, row: Row) -> Path:
+    def measure(self, names: Sequence[str]) -> list[Measured]:
+        """The rows of these names."""
+        return self.beside.measure({name: partial(self._trial, ROWS[name]) for name in names}, self.options.repeat)
+
+    def _trial(self, row: Row) -> Trial:
+        source = self._source_of(row)
+        command = self._convert(source, self.beside.output, row.target, row.verify)
+        return Trial(sorted(source.glob("*.safetensors")), command)
+
+    def _source_of(self, row: Row) -> Path:
         """The row's input; one that is another row's output is made once and kept."""
         if row.source not in self.checkpoints:
             target = self.work / f"{row.source}-kept"
             shutil.rmtree(target, ignore_errors=True)
-            self._run(self._convert(self.checkpoints["gptq"], target, row.source, "none"))
+            self.beside.timed(self._convert(self.checkpoints["gptq"], target, row.source, "none"))
             self.checkpoints[row.source] = target
         return self.checkpoints[row.source]
-
-    def measure(self, names: Sequence[str]) -> list[Measured]:
-        """All rows, `repeat` times in turn, each between the two copies of the same files."""
-        copies: dict[str, list[Cost]] = {name: [] for name in names}
-        synced: dict[str, list[float]] = {name: [] for name in names}
-        costs: dict[str, list[Cost]] = {name: [] for name in names}
-        bytes_of: dict[str, int] = {}
-        for turn in range(self.options.repeat):
-            for name in names:
-                row = ROWS[name]
-                source, output = self.source_of(row), self.work / "output"
-                files = sorted(source.glob("*.safetensors"))
-                bytes_of[name] = sum(path.stat().st_size for path in files)
-                copy = (
-                    f"mkdir {shlex.quote(str(output))} && cp {shlex.join(map(str, files))} {shlex.quote(str(output))}"
-                )
-                copies[name].append(self._run(["bash", "-c", copy], files))
-                sync = f"{copy} && sync {shlex.quote(str(output))}/*"
-                synced[name].append(self._run(["bash", "-c", sync], files).wall_s)
-                costs[name].append(self._run(self._convert(source, output, row.target, row.verify), files))
-                speeds = [
-                    bytes_of[name] / 1e9 / s
-                    for s in (copies[name][-1].wall_s, synced[name][-1], costs[name][-1].wall_s)
-                ]
-                shown = "cp {:.2f}, cp and sync {:.2f}, edgetool {:.2f} GB/s".format(*speeds)
-                print(f"{turn + 1}/{self.options.repeat} {name}: {shown}", file=sys.stderr, flush=True)
-        return [
-            Measured(
-                row=name,
-                input_gb=bytes_of[name] / 1e9,
-                gb_per_s=bytes_of[name] / 1e9 / statistics.median(cost.wall_s for cost in costs[name]),
-                cp_gb_per_s=bytes_of[name] / 1e9 / statistics.median(cost.wall_s for cost in copies[name]),
-                cp_sync_gb_per_s=bytes_of[name] / 1e9 / statistics.median(synced[name]),
-                cpu_s=statistics.median(cost.cpu_s for cost in costs[name]),
-                cp_cpu_s=statistics.median(cost.cpu_s for cost in copies[name]),
-                peak_rss_bytes=max(cost.peak_rss_bytes for cost in costs[name]),
-            )
-            for name in names
-        ]
 
     def _convert(self, source: Path, output: Path, target: str, verify: str) -> list[str]:
         return [
             sys.executable, "-m", "edgetool", "convert", str(source), "-o", str(output), "--to", target,
             "--verify", verify, "--threads", str(self.options.threads), "--json", "--quiet",
         ]  # fmt: skip
-
-    def _run(self, command: list[str], warm: Sequence[Path] = ()) -> Cost:
-        """Time `command` with `warm` in the page cache, no output there and nothing waiting to be written."""
-        shutil.rmtree(self.work / "output", ignore_errors=True)
-        os.sync()
-        for path in warm:
-            with path.open("rb", buffering=0) as stream:
-                while stream.read(1 << 24):
-                    pass
-        wait_until_idle(self.options.idle)
-        log = self.work / "log"
-        cost = run(command, os.environ, log, TIMEOUT_S)
-        if cost.returncode != 0:
-            raise SystemExit(f"{shlex.join(command)} ended with {cost.returncode}:\n{log.read_text(errors='replace')}")
-        return cost
-
-
-def wait_until_idle(share: float) -> None:
-    """Return once at least `share` of the machine was idle for half a second."""
-    while share > 0:
-        before = psutil.cpu_times()
-        time.sleep(0.5)
-        after = psutil.cpu_times()
-        total = sum(after) - sum(before)
-        if after.idle + after.iowait - before.idle - before.iowait >= share * total:
-            return
 
 
 def table(lines: Sequence[Measured], options: argparse.Namespace) -> str:
@@ -250,47 +177,28 @@ def table(lines: Sequence[Measured], options: argparse.Namespace) -> str:
         f"{lines[0].input_gb:.2f} GB, 4 bits, group {GROUP_SIZE}, {kind}; {options.threads} threads; "
         f"medians of {options.repeat}, GB of input a second",
         "",
-        "| conversion | `--verify` | GB/s | `cp` | of `cp` | `cp`, `sync` | of that | CPU s | of `cp` | peak RSS, GB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| conversion | `--verify` | {' | '.join(COLUMNS)} |",
+        "|---|---|" + "---:|" * len(COLUMNS),
     ]
     for m in lines:
         row = ROWS[m.row]
-        cells = [
-            f"{row.source} -> {row.target}",
-            row.verify,
-            f"{m.gb_per_s:.2f}",
-            f"{m.cp_gb_per_s:.2f}",
-            f"{m.gb_per_s / m.cp_gb_per_s:.2f}",
-            f"{m.cp_sync_gb_per_s:.2f}",
-            f"{m.gb_per_s / m.cp_sync_gb_per_s:.2f}",
-            f"{m.cpu_s:.2f}",
-            f"{m.cp_cpu_s:.2f}",
-            f"{m.peak_rss_bytes / 1e9:.2f}",
-        ]
-        text.append("| " + " | ".join(cells) + " |")
+        text.append("| " + " | ".join([f"{row.source} -> {row.target}", row.verify, *m.cells()]) + " |")
     return "\n".join(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers, 0.12 GB each (default 8: 1.2 GB in all)")
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help="zeros all in the middle")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--idle", type=float, default=0.0, help="wait with each command until this share is idle")
-    parser.add_argument("--work", type=Path, help="keep the checkpoint in this directory, on the disk to be measured")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    add_options(parser, repeat=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="edgetool-bench-") as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         lines = Bench(options, work.resolve()).measure(options.rows)
     print(table(lines, options))
-    if options.json:
-        conditions = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        document = {"conditions": conditions, "rows": [asdict(line) for line in lines]}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    write_json(options, lines)
 
 
 if __name__ == "__main__":
