@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgetool.errors import ConfigError
 
@@ -47,13 +47,9 @@ def gather(
 ) -> Settings:
     """Lay the sources over one another, weakest first."""
     settings = Settings()
-    home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-    cache = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else home / ".cache"
-    data = Path(environ["XDG_DATA_HOME"]) if environ.get("XDG_DATA_HOME") else home / ".local" / "share"
-    settings.values["common"] = {"cache_dir": cache / "edgetool"}
-    state = Path(environ["XDG_STATE_HOME"]) if environ.get("XDG_STATE_HOME") else home / ".local" / "state"
-    settings.values["envs"] = {"directory": data / "edgetool" / "envs"}
-    settings.values["serve_gpu"] = {"state_dir": state / "edgetool" / "servers"}
+    settings.values["common"] = {"cache_dir": own_directory("cache", environ)}
+    settings.values["envs"] = {"directory": own_directory("data", environ) / "envs"}
+    settings.values["serve_gpu"] = {"state_dir": own_directory("state", environ) / "servers"}
     for section, table in from_file.items():
         for key, value in table.items():
             if value is not None:
@@ -69,6 +65,14 @@ def gather(
         section = command if key in keys.get(command, ()) else "common"
         settings.put(section, key, value, COMMAND_LINE)
     return settings
+
+
+def own_directory(kind: Literal["cache", "data", "state"], environ: Mapping[str, str]) -> Path:
+    """Where this user's files of a kind belong (XDG Base Directory Specification 0.8), as far as `edgetool`."""
+    below_home = {"cache": ".cache", "data": ".local/share", "state": ".local/state"}
+    given = environ.get(f"XDG_{kind.upper()}_HOME")
+    home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+    return (Path(given) if given else home / below_home[kind]) / "edgetool"
 
 
 def variable_name(section: str, key: str) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgetool.config_sources import own_directory
 from edgetool.errors import ConfigError, ResourceUnavailable
 from edgetool.lease_records import (
     LARGEST_RECORD_BYTES,
@@ -47,8 +48,7 @@ def choose_directory(configured: Path | None) -> Path:
         return configured
     if SHARED_DIRECTORY.exists() or os.access(SHARED_DIRECTORY.parent, os.W_OK | os.X_OK):
         return SHARED_DIRECTORY
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "edgetool" / "leases"
+    return own_directory("state", os.environ) / "leases"
 
 
 class LeaseDirectory:

@@ -15,10 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edgetool import __version__
 from edgetool.artifacts import OutputDirectory, sha256_file
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.progress_lines import size
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def refuse_overlap(out: OutputDirectory, inputs: list[Path]) -> None:
@@ -102,6 +106,20 @@ class FileHashes:
 def memory_peak_bytes() -> int:
     """Largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be had now: what is free on this machine, or less where a control group limits it.
+
+    Cached file pages count as free in both (Linux: MemAvailable; cgroup v2: memory.current less inactive_file).
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        used = int((_CGROUP / "memory.current").read_text())
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, max(0, int((_CGROUP / "memory.max").read_text()) - used + int(kept["inactive_file"])))
+    except (OSError, ValueError, KeyError):  # no such group, or "max": no limit
+        return free
 
 
 def tool_versions(*packages: str) -> dict[str, str]:

@@ -14,6 +14,18 @@ import numpy as np
 from tests.parity import scalar_layouts as oracle
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_FORMATS = {
+    "autoawq-0.2.9-gemm": "awq",
+    "autoround-0.16-awq": "awq",
+    "gptqmodel-7.6.0-awq": "awq",
+    "autoround-0.16-gptq": "gptq",
+    "gptqmodel-7.6.0-gptq": "gptq",
+    "llmcompressor-0.14-awq-asym": "compressed-tensors",
+    "llmcompressor-0.14-gptq-sym": "compressed-tensors",
+}
+"""Tensors that other tools wrote (tests/golden) -> their format."""
+PACKED = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+"""The formats that hold codes in words."""
 VOCAB = 48
 DTYPES = {"float16": "F16", "float32": "F32", "uint16": "BF16", "int32": "I32", "int64": "I64", "uint8": "U8"}
 

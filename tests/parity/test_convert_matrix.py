@@ -26,6 +26,8 @@ from edgetool.progress import NullProgress
 from tests.fakes.packed_checkpoints import (
     DTYPES,
     GOLDEN,
+    GOLDEN_FORMATS,
+    PACKED,
     Layer,
     bfloat16,
     golden_checkpoint,
@@ -39,7 +41,6 @@ from tests.fakes.packed_checkpoints import (
     write_safetensors,
 )
 
-PACKED = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 FLOATS = ("fp16", "bf16")
 GROUPS = (32, 64, 128, -1)
 
@@ -463,19 +464,8 @@ def test_a_whole_checkpoint_becomes_the_oracles_tensor_by_tensor(
     assert (document["refused"], document["disagreements"]) == ([], [])
 
 
-TOOLS = {
-    "autoawq-0.2.9-gemm": "awq",
-    "autoround-0.16-awq": "awq",
-    "gptqmodel-7.6.0-awq": "awq",
-    "autoround-0.16-gptq": "gptq",
-    "gptqmodel-7.6.0-gptq": "gptq",
-    "llmcompressor-0.14-awq-asym": "compressed-tensors",
-    "llmcompressor-0.14-gptq-sym": "compressed-tensors",
-}
-
-
 @pytest.mark.parametrize("target", PACKED)
-@pytest.mark.parametrize("tool", sorted(TOOLS))
+@pytest.mark.parametrize("tool", sorted(GOLDEN_FORMATS))
 def test_other_tools_tensors_keep_their_weights_through_every_format(tool: str, target: str, tmp_path: Path) -> None:
     source = golden_checkpoint(tmp_path / "source", tool)
     if tool.startswith("llmcompressor") and target != "compressed-tensors":
@@ -484,7 +474,7 @@ def test_other_tools_tensors_keep_their_weights_through_every_format(tool: str, 
         assert result.exit_code == 4 and "F32 scales are not exact in F16" in result.stderr
         return
     document = convert(source, tmp_path / "packed", "--to", target)
-    assert (document["source_format"], document["disagreements"]) == (TOOLS[tool], [])
+    assert (document["source_format"], document["disagreements"]) == (GOLDEN_FORMATS[tool], [])
     convert(tmp_path / "packed", tmp_path / "fp16", "--to", "fp16")
     weights = read_checkpoint(tmp_path / "fp16")
     expected_weights = read_safetensors(GOLDEN / f"{tool}.safetensors")

@@ -12,14 +12,39 @@ from types import SimpleNamespace
 
 import pytest
 
+from edgetool import runs
 from edgetool.artifacts import OutputDirectory
 from edgetool.errors import BadInput, ResourceUnavailable
-from edgetool.runs import FileHashes, existing_parent, free_disk_bytes, refuse_overlap, stop_requests, tool_versions
+from edgetool.runs import (
+    FileHashes,
+    available_memory_bytes,
+    existing_parent,
+    free_disk_bytes,
+    refuse_overlap,
+    stop_requests,
+    tool_versions,
+)
 
 
 def test_the_nearest_existing_directory_is_found(tmp_path: Path) -> None:
     assert existing_parent(tmp_path / "a" / "b") == tmp_path
     assert existing_parent(tmp_path) == tmp_path
+
+
+def test_a_control_groups_limit_bounds_the_memory_and_its_cached_files_count_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_CGROUP", tmp_path)
+    free = available_memory_bytes()
+    assert free > 1 << 20
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
+    (tmp_path / "memory.max").write_text("1500000\n")
+    assert available_memory_bytes() == 900_000
+    (tmp_path / "memory.max").write_text("500000\n")
+    assert available_memory_bytes() == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes() > 1 << 20
 
 
 def test_too_little_disk_is_refused_naming_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

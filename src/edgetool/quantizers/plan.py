@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.formats import FORMATS, Spec
 from edgetool.checkpoints.legality import kernels, vcu128
@@ -19,7 +17,7 @@ from edgetool.models.architectures import FAMILIES, LINEARS_PER_LAYER, STAGES, L
 from edgetool.progress_lines import size as readable
 from edgetool.quantizers.recipe import Recipe
 from edgetool.quantizers.storage import stored_dtype_of
-from edgetool.runs import free_disk_bytes
+from edgetool.runs import available_memory_bytes, free_disk_bytes
 
 GROUP_SIZES = (128, 64, 32)
 _INTERPRETER_BYTES = 380 * 2**20
@@ -130,7 +128,7 @@ def make_plan(
     shapes = check_shapes(checkpoint, layers, recipe, lm_head=config.quantize_lm_head)
     tokens = config.calib_samples * config.calib_seqlen if recipe.method != "rtn" else 0
     costs = estimate(checkpoint, layers, recipe, spec, config.format, dtype, tokens)
-    available = gpu_free_bytes if gpu_free_bytes is not None else psutil.virtual_memory().available
+    available = gpu_free_bytes if gpu_free_bytes is not None else available_memory_bytes()
     needed = costs.memory_bytes + (0 if gpu_free_bytes is not None else _INTERPRETER_BYTES)
     if needed > available:
         where = "on the GPU" if gpu_free_bytes is not None else "of memory"

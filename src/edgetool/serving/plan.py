@@ -7,19 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import QuantizationFound
 from edgetool.checkpoints.inspect import has_chat_template
 from edgetool.config import ServeGpuConfig
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.inventory import Gpu, Inventory, same_class
+from edgetool.runs import available_memory_bytes
 from edgetool.scheduler import Request
 from edgetool.serving.legality import Allowed, Demand, Device, check, look
-
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def make_plan(
     if settings.device == "cpu" or (settings.device == "auto" and not _usable(inventory)):
         if settings.gpu_class is not None:
             raise ResourceUnavailable(f"class {settings.gpu_class} of GPUs was asked for, and there is no GPU")
-        device = Device(None, max(0, available_bytes() - taken_bytes), "this machine's CPU")
+        device = Device(None, max(0, available_memory_bytes() - taken_bytes), "this machine's CPU")
         allowed = check(checkpoint, found, demand, device)
         if shared:
             said = "gpu_memory_utilization has no effect on a CPU: the cache is as large as the context asks for"
@@ -167,12 +163,3 @@ def _capability(gpu: Gpu) -> float:
         return float(gpu.compute_capability or "")
     except ValueError:
         return 9.0
-
-
-def available_bytes() -> int:
-    """Memory that can be had now: what is free on this machine, or less where a control group limits it."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        return min(free, int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))
-    except (OSError, ValueError):
-        return free

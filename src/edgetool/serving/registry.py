@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgetool.artifacts import atomic_write
 from edgetool.errors import BadInput, ConfigError, ResourceUnavailable
 from edgetool.process_tree import ProcessId, alive, identify
 from edgetool.serving import shared_memory
@@ -156,10 +157,7 @@ class Registry:
         return sorted(living, key=lambda record: record.start_unix_s)
 
     def _write(self, record: Record) -> None:
-        path = self.directory / f"{record.name}{_SUFFIX}"
-        partial = path.with_suffix(".new")
-        partial.write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
-        partial.replace(path)
+        atomic_write(self.directory / f"{record.name}{_SUFFIX}", json.dumps(asdict(record), indent=2).encode())
 
     def _remove(self, record: Record) -> None:
         path = self.directory / f"{record.name}{_SUFFIX}"

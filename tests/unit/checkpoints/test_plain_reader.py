@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edgetool.checkpoints import plain_reader
 from edgetool.checkpoints.plain_reader import read
 from edgetool.errors import BadInput
-from tests.fakes.packed_checkpoints import Layer, random_layer, read_safetensors
+from tests.fakes.packed_checkpoints import GOLDEN_FORMATS, Layer, random_layer, read_safetensors
 from tests.parity.scalar_layouts import stream
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -151,23 +151,12 @@ def test_a_short_last_group_needs_to_be_told_its_size() -> None:
         read(layer.tensors("compressed-tensors"), "compressed-tensors", 4, None, "layer")
 
 
-TOOLS = {
-    "autoawq-0.2.9-gemm": "awq",
-    "autoround-0.16-awq": "awq",
-    "gptqmodel-7.6.0-awq": "awq",
-    "autoround-0.16-gptq": "gptq",
-    "gptqmodel-7.6.0-gptq": "gptq",
-    "llmcompressor-0.14-awq-asym": "compressed-tensors",
-    "llmcompressor-0.14-gptq-sym": "compressed-tensors",
-}
-
-
-@pytest.mark.parametrize("tool", sorted(TOOLS))
+@pytest.mark.parametrize("tool", sorted(GOLDEN_FORMATS))
 def test_other_tools_tensors_are_read_to_their_expected_weights(tool: str) -> None:
     arrays = read_safetensors(GOLDEN / f"{tool}.safetensors")
     for module in ("down_proj", "k_proj"):
         tensors = {name.removeprefix(f"{module}."): array for name, array in arrays.items() if name.startswith(module)}
-        linear = read(tensors, TOOLS[tool], 4, 64, module)
+        linear = read(tensors, GOLDEN_FORMATS[tool], 4, 64, module)
         weight = linear.weight(slice(0, linear.out_features)).astype(np.float16)
         expected = arrays[f"expected.{module}"]
         assert np.array_equal(weight[: len(expected)].view(np.uint16), expected.view(np.uint16))

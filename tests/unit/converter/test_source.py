@@ -11,6 +11,7 @@ import pytest
 from edgetool.converter.source import CheckpointSource
 from edgetool.errors import BadInput
 from tests.fakes.packed_checkpoints import (
+    PACKED,
     SIDE_FILES,
     make_checkpoint,
     other_tensors,
@@ -20,8 +21,6 @@ from tests.fakes.packed_checkpoints import (
     read_checkpoint,
     write_safetensors,
 )
-
-PACKED = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 
 
 @pytest.mark.parametrize("kind", PACKED)

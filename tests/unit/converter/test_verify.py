@@ -16,6 +16,7 @@ from edgetool.converter.compare import Order
 from edgetool.converter.verify import Meant, Verified, open_side, verify
 from edgetool.errors import BadInput, Stopped, VerificationFailed
 from tests.fakes.packed_checkpoints import (
+    PACKED,
     Layer,
     bfloat16,
     make_checkpoint,
@@ -25,7 +26,6 @@ from tests.fakes.packed_checkpoints import (
     write_safetensors,
 )
 
-PACKED = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 FLOATS = ("fp16", "bf16")
 DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"
 NORM = "model.layers.1.input_layernorm.weight"

@@ -111,7 +111,7 @@ def test_formats_that_cannot_hold_the_result_are_refused(llama, tmp_path):
 
 
 def test_too_little_memory_is_refused_with_both_numbers(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 2**20))
+    monkeypatch.setattr(plan_module, "available_memory_bytes", lambda: 100 * 2**20)
     with pytest.raises(ResourceUnavailable, match=r"needs about .* of memory, 104\.9 MB are free"):
         plan(llama, tmp_path / "out")
 
