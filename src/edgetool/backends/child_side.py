@@ -17,10 +17,12 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 
@@ -71,6 +73,11 @@ class Report:
     def warn(self, message: str) -> None:
         """Say one line that the user should act on."""
         self._say({"warn": message})
+
+    def made_by(self, package: str) -> dict[str, Any]:
+        """What a quantiser's `run` returns: versions, and the most memory that this process had."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"version": version(package), "torch": version("torch"), "peak_rss_bytes": peak}
 
     def refuse(self, type: str, message: str, hint: str | None = None) -> None:
         """Raise one of edgetool's errors in the caller: `refuse("BadInput", "...", "...")`."""

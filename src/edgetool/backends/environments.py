@@ -100,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
             cuda=None,
             disk_bytes=2 * 10**9,
         ),
+        Recipe("auto-round", "learned rounding", "auto_round", (_3_11, _3_13), cuda=None, disk_bytes=2 * 10**9),
         Recipe("auto-gptq", "GPTQ (archived)", "auto_gptq", (_3_11, _3_11), cuda="12.1", disk_bytes=6 * 10**9),
         Recipe("autoawq", "AWQ (archived)", "awq", (_3_11, _3_13), cuda="12.4", disk_bytes=6 * 10**9),
     )

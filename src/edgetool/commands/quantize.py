@@ -20,11 +20,24 @@ def quantize(
     ctx: typer.Context,
     model: o.Model = None,
     output: o.Output = None,
+    backend: Annotated[
+        str | None,
+        Option(
+            "--backend",
+            metavar="NAME",
+            help="native, gptqmodel, llmcompressor, auto-round, auto-gptq or autoawq [default: native].",
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None, Option("--compare", metavar="NAMES", help="Run several backends, such as native,gptqmodel.")
+    ] = None,
     method: Annotated[str | None, Option("--method", metavar="NAME", help="gptq, awq or rtn [default: gptq].")] = None,
     format: Annotated[
         str | None,
         Option(
-            "--format", metavar="NAME", help="gptq, awq or compressed-tensors [default: awq for 4-bit awq, else gptq]."
+            "--format",
+            metavar="NAME",
+            help="gptq, awq or compressed-tensors [default: awq for 4-bit awq, else gptq; llmcompressor's own].",
         ),
     ] = None,
     bits: Annotated[int | None, Option("--bits", metavar="N", help="2, 3, 4 or 8 [default: 4].")] = None,
@@ -96,9 +109,9 @@ def quantize(
     The model is read one layer at a time. `edgetool quantize demo -o out --group-size 64` tries it on a small model.
     """
     with run(ctx) as this:
-        from edgetool.quantizers.job import run_quantize
+        from edgetool.peers.job import quantize
 
-        result = run_quantize(this.config.quantize, this.config.common, this.progress)
+        result = quantize(this.config, this.progress)
         this.result(result, blocks(result))
 
 
@@ -109,6 +122,8 @@ def blocks(result: dict[str, Any]) -> list[Block]:
 
     if "plan" in result:
         return _blocks.report("plan (nothing was written)", result["plan"])
+    if "comparison" in result:
+        return _blocks.report("quantised by several", result)
     shown = dict(result)
     worst, smoke, warnings = (shown.pop(key, None) for key in ("worst_modules", "smoke", "warnings"))
     tables = _blocks.report("quantised", shown)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetool import __version__
-from edgetool.artifacts import MANIFEST_NAME, OutputDirectory, atomic_write, disk_errors, write_manifest
+from edgetool.artifacts import MANIFEST_NAME, OutputDirectory, disk_errors, write_manifest
 from edgetool.checkpoints.checkpoint import Checkpoint, read_json_object
-from edgetool.checkpoints.formats import FORMATS, Spec
+from edgetool.checkpoints.formats import FORMATS
 from edgetool.checkpoints.sources import ResolvedSource, resolve_configured
 from edgetool.config import CommonConfig, QuantizeConfig
 from edgetool.errors import Stopped
-from edgetool.models.architectures import map_layers
 from edgetool.progress import Progress
 from edgetool.quantizers.guards import (
     input_hashes,
@@ -25,33 +24,13 @@ from edgetool.quantizers.guards import (
     refuse_other_run,
     refuse_quantized,
 )
+from edgetool.quantizers.prepare import SCHEMA, Prepared, calibration_asked, calibration_of
 from edgetool.quantizers.recipe import Recipe
 from edgetool.runs import memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
-SCHEMA = "edgetool.quantize/1"
 LEDGER_NAME = "ledger.jsonl"
 _TOKENS_NAME = "calibration.json"
 _WORST_SHOWN = 5
-
-
-def recipe_of(config: QuantizeConfig) -> Recipe:
-    """The engine's recipe: what the user gave, and this version's best defaults for the rest."""
-    scaling = config.method == "awq" if config.awq_scaling is None else config.awq_scaling
-    follow = 0.5 if config.asymmetric_calibration and config.method == "gptq" else 0.0
-    return Recipe(
-        method=config.method,
-        bits=config.bits,
-        group_size=config.group_size,
-        sym=config.sym,
-        desc_act=config.desc_act and config.group_size != -1,  # one group has no order to follow
-        scale_search=config.scale_search,
-        asymmetric_calibration=follow,
-        awq_scaling=scaling and config.method != "rtn",
-        bias_correction=config.bias_correction,
-        damp=config.damp,
-        shrinkage=config.shrinkage,
-        min_zero=1 if config.format == "gptq" and not config.sym else 0,
-    )
 
 
 def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
@@ -69,7 +48,7 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
     checkpoint = Checkpoint.open(source.path)
     refuse_overlap(out, [source.path, Path(config.model)])
     refuse_quantized(checkpoint)
-    prepared = _Prepared.of(config, checkpoint)
+    prepared = Prepared.of(config, checkpoint)
     if config.dry_run:
         return {"plan": prepared.plan}
     with out, nothing_worthless_kept(out, out.partial / LEDGER_NAME):
@@ -91,34 +70,6 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What is decided before anything is written."""
-
-    recipe: Recipe
-    spec: Spec
-    dtype: str
-    device: Any
-    tokenizer: Any
-    plan: dict[str, Any]
-
-    @classmethod
-    def of(cls, config: QuantizeConfig, checkpoint: Checkpoint) -> _Prepared:
-        from edgetool.models.devices import resolve_device
-        from edgetool.models.streamed import load_tokenizer
-        from edgetool.quantizers.plan import free_gpu_bytes, make_plan
-        from edgetool.quantizers.storage import model_dtype
-
-        layers = map_layers(checkpoint.config, checkpoint.tensors)
-        recipe = recipe_of(config)
-        spec = Spec(config.bits, config.group_size, config.sym, recipe.desc_act)
-        dtype = model_dtype(checkpoint.config, checkpoint.tensors)
-        device = resolve_device(config.device)
-        plan = make_plan(config, checkpoint, layers, recipe, spec, dtype, str(device), free_gpu_bytes(device))
-        # Every method ends by trying the result, so a model without a tokenizer must not get as far as that.
-        return cls(recipe, spec, dtype, device, load_tokenizer(checkpoint), plan)
-
-
-@dataclass(frozen=True)
 class _Run:
     """One run in its partial directory, up to a verified checkpoint and its manifest."""
 
@@ -126,7 +77,7 @@ class _Run:
     common: CommonConfig
     source: ResolvedSource
     checkpoint: Checkpoint
-    prepared: _Prepared
+    prepared: Prepared
     out: OutputDirectory
     stop: threading.Event
     progress: Progress
@@ -155,7 +106,7 @@ class _Run:
             "recipe": prepared.recipe.to_dict(),
             "format": config.format,
             "quantize_lm_head": config.quantize_lm_head,
-            "calibration": None if prepared.recipe.method == "rtn" else self._calibration_asked(),
+            "calibration": None if prepared.recipe.method == "rtn" else calibration_asked(config),
             "compute": [prepared.device.type, str(compute_dtype), torch.get_num_threads(), torch.__version__],
             "max_shard_size_bytes": config.max_shard_size_bytes,
             "edgetool": __version__,
@@ -214,39 +165,13 @@ class _Run:
         if self.stop.is_set():
             raise Stopped(f"stopped on request: {so_far}")
 
-    def _calibration_asked(self) -> dict[str, Any]:
-        keys = ("calib", "calib_column", "calib_samples", "calib_seqlen", "seed")
-        return {key: getattr(self.config, key) for key in keys}
-
     def _calibration(self, model: Any) -> Any:
-        """Calibration windows, kept beside the ledger so that resuming does not draw them again."""
-        import torch
-
-        from edgetool.quantizers import calibration as c
-
-        config = self.config
         if self.prepared.recipe.method == "rtn":
             return None
         kept = self.out.partial / _TOKENS_NAME
-        asked = self._calibration_asked()
-        if kept.is_file():
-            document = read_json_object(kept)
-            if document.get("asked") == asked:
-                return c.from_tokens(torch.tensor(document["token_ids"], dtype=torch.int64), config.calib)
-        tokenizer = self.prepared.tokenizer
-        sizes = {"samples": config.calib_samples, "seqlen": config.calib_seqlen, "seed": config.seed}
-        if config.calib == "self":
-            from edgetool.quantizers.self_calibration import sample_from_model
-
-            found = sample_from_model(
-                model, tokenizer, progress=self.progress, stop_requested=self.stop.is_set, **sizes
-            )
-        else:
-            texts = c.texts_of(config.calib, config.calib_column, offline=self.common.offline)
-            found = c.calibration_from(texts, tokenizer, source=config.calib, **sizes)
-        with disk_errors(kept):
-            atomic_write(kept, json.dumps({"asked": asked, "token_ids": found.token_ids.tolist()}).encode())
-        return found
+        return calibration_of(
+            self.config, self.common, self.prepared.tokenizer, lambda: model, kept, self.progress, self.stop.is_set
+        )
 
     def _document(
         self,
@@ -276,6 +201,7 @@ class _Run:
         result = {
             "output": str(config.output),
             "model": config.model,
+            "backend": "native",
             "method": config.method,
             "format": config.format,
             "bits": config.bits,

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from edgetool.config import CommonConfig, QuantizeConfig
 from edgetool.errors import BadInput
 from edgetool.progress import NullProgress
-from edgetool.quantizers.job import recipe_of, run_quantize
+from edgetool.quantizers.job import run_quantize
+from edgetool.quantizers.prepare import recipe_of
 from tests.unit.models.reference import all_states, some_ids, stirred_model, streamed
 
 SMALL = {"group_size": 32, "calib_samples": 4, "calib_seqlen": 32, "threads": 1, "device": "cpu"}

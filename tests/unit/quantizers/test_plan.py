@@ -10,8 +10,8 @@ from edgetool.config import QuantizeConfig
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.models.architectures import map_layers
 from edgetool.quantizers import plan as plan_module
-from edgetool.quantizers.job import recipe_of
 from edgetool.quantizers.plan import make_plan
+from edgetool.quantizers.prepare import recipe_of
 from tests.unit.models.reference import stirred_model
 from tests.unit.quantizers.finished import finished_run
 

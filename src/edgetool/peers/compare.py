@@ -1,0 +1,118 @@
+"""`edgetool quantize --compare`: several backends on the same model and calibration tokens, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgetool.checkpoints.checkpoint import Checkpoint
+from edgetool.checkpoints.detect import detect, read_linear
+from edgetool.checkpoints.sources import resolve_configured
+from edgetool.config import Config, QuantizeConfig
+from edgetool.config_models import usual_format
+from edgetool.errors import EdgetoolError, Stopped
+from edgetool.peers.check import plain, weight_error
+from edgetool.peers.job import quantize_by
+from edgetool.peers.table import PEERS, check
+from edgetool.progress import Progress
+from edgetool.quantizers.demo import CONTEXT, EVALUATION_TOKENS, evaluation_text
+
+
+def run_compare(config: Config, progress: Progress) -> dict[str, Any]:
+    """Quantise by each of `--compare` into OUT/BACKEND and measure all of them, and the model, by the same judge.
+
+    What one of them refuses or fails at is a line of the table; the others go on. Raises what the first would where
+    none could do it.
+    """
+    settings = config.quantize
+    assert settings.compare is not None
+    rows: list[dict[str, Any]] = []
+    failures: list[EdgetoolError] = []
+    for backend in settings.compare:
+        single = _single(settings, backend)
+        try:
+            if settings.dry_run and backend != "native":
+                check(single, PEERS[backend], settings.device)
+            result = quantize_by(backend, single, config.common, config.envs, progress)
+        except Stopped:
+            raise
+        except EdgetoolError as error:
+            failures.append(error)
+            progress.warn(f"{backend}: {error.message}")
+            rows.append({"backend": backend, "failed": error.message})
+            continue
+        rows.append({"backend": backend, **(_planned(result["plan"]) if "plan" in result else _made(result))})
+    if len(failures) == len(rows):
+        raise failures[0]
+    if settings.dry_run:
+        return {"plan": {"model": settings.model, "output": str(settings.output), "backends": rows}}
+    source = resolve_configured(settings.model, config.common, settings.revision, progress)
+    checkpoint = Checkpoint.open(source.path)
+    original = perplexity(checkpoint, "original", settings, progress)
+    for row in rows:
+        if "failed" not in row:
+            made = Checkpoint.open(Path(row["output"]))
+            measured = perplexity(made, row["backend"], settings, progress)
+            apart = None if settings.method == "awq" else mean_weight_error(made, checkpoint)
+            row |= {"weight_error": apart, "perplexity": measured, "perplexity_ratio": measured / original}
+    return {
+        "model": settings.model,
+        "output": str(settings.output),
+        "original_perplexity": original,
+        "perplexity_text": f"{EVALUATION_TOKENS} tokens of held-out prose, context {CONTEXT}",
+        "comparison": rows,
+        "warnings": [f"{row['backend']}: {row['failed']}" for row in rows if "failed" in row],
+    }
+
+
+def _single(settings: QuantizeConfig, backend: str) -> QuantizeConfig:
+    """The settings of one of the runs: the format that was asked for, or else that backend's own."""
+    given = settings.model_dump(exclude_unset=True) | {
+        "compare": None,
+        "backend": backend,
+        "output": settings.output / backend,
+    }
+    if "format" not in settings.model_fields_set:
+        given["format"] = usual_format(given | {"method": settings.method, "bits": settings.bits})
+    return QuantizeConfig.model_validate(given)
+
+
+def _planned(plan: dict[str, Any]) -> dict[str, Any]:
+    return {"output": plan["output"], "format": plan["format"], "memory": plan["memory"], "disk": plan["disk"]}
+
+
+def _made(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "version": result.get("backend_version"),
+        "output": result["output"],
+        "method": result["method"],
+        "format": result["format"],
+        "seconds": result["seconds"],
+        "peak_rss_bytes": result["peak_rss_bytes"],
+        "output_bytes": result["output_bytes"],
+    }
+
+
+def mean_weight_error(made: Checkpoint, original: Checkpoint) -> float:
+    """The mean of `weight_error` over the quantised linears."""
+    found = detect(made.tensors, made.read, made.config)
+    assert found is not None
+    errors = [
+        weight_error(
+            read_linear(made, module, found).dequantize(), plain(original, original.tensors[f"{module}.weight"])
+        )
+        for module in found.modules
+    ]
+    return sum(errors) / len(errors)
+
+
+def perplexity(checkpoint: Checkpoint, name: str, settings: QuantizeConfig, progress: Progress) -> float:
+    """Perplexity of held-out prose, by edgetool's own forward pass whatever made the checkpoint."""
+    from edgetool.models import perplexity as p
+    from edgetool.models.devices import fast_dtype, resolve_device
+    from edgetool.models.streamed import StreamedModel, load_tokenizer
+
+    device = resolve_device(settings.device)
+    model = StreamedModel(checkpoint, device, fast_dtype(device))
+    ids = load_tokenizer(checkpoint)(evaluation_text(), verbose=False)["input_ids"]
+    return p.measure(model, p.windows(ids, CONTEXT, EVALUATION_TOKENS), progress, f"perplexity, {name}").perplexity
