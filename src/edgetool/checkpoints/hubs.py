@@ -24,7 +24,6 @@ def fetch_huggingface(
     in the cache, or the disk is full; MissingDependency without huggingface_hub.
     """
     try:
-        import httpx
         import huggingface_hub
         from huggingface_hub import constants, errors
     except ImportError:
@@ -56,7 +55,7 @@ def fetch_huggingface(
             f"hf:{name} is not in the local cache and the hub cannot be asked (offline, or no connection)",
             f"with a connection: hf download {name}; or set HF_ENDPOINT to a mirror",
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         raise ResourceUnavailable(f"hf:{name}: the hub cannot be reached: {error}", "run again: it resumes") from error
     return _with_weights(Path(path), f"hf:{name}"), Path(path).name
 

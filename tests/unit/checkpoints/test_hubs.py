@@ -155,6 +155,8 @@ def test_without_a_connection_or_a_cache_the_way_out_is_named(tmp_path: Path, of
         (OSError(28, "No space left on device"), ResourceUnavailable),
         (OSError(104, "Connection reset by peer"), ResourceUnavailable),
         (errors.OfflineModeIsEnabled("HF_HUB_OFFLINE"), ResourceUnavailable),
+        # of whichever HTTP library this release of the hub's stands on
+        (errors.HTTPError("peer closed connection without sending complete message body"), ResourceUnavailable),
     ],
 )
 def test_failures_on_the_way_become_errors_a_user_can_act_on(
