@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 for _name in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_name) is signal.SIG_IGN:
         signal.signal(_name, signal.default_int_handler if _name == signal.SIGINT else signal.SIG_DFL)
+
+os.environ["EDGETOOL_JOBS_RECORD"] = "0"  # commands that the tests run are no jobs of the developer's
 
 
 @pytest.fixture(scope="session")

@@ -205,6 +205,20 @@ class OutputDirectory:
         """Remove the partial directory and everything in it."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def discard_unfinished(self) -> None:
+        """Remove what a run that has ended left unfinished; the output itself stays as it is.
+
+        Raises ResourceUnavailable while another run writes there.
+        """
+        if not self.partial.is_dir():
+            return
+        with disk_errors(self.output):
+            self._lock()
+            try:
+                self.discard()
+            finally:
+                self.close()
+
     def close(self) -> None:
         """Give the lock back. What is in the partial directory stays."""
         if self._lock_fd is not None:

@@ -25,19 +25,15 @@ from edgetool.commands import (
     eval,
     gpus,
     inspect,
+    jobs,
     quantize,
     serve_fpga,
     serve_gpu,
 )
 from edgetool.config_sources import json_wanted
-from edgetool.errors import EdgetoolError, Stopped
+from edgetool.errors import EdgetoolError, Stopped, Terminated
 
 INTERRUPTED = 130
-TERMINATED = 143
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived and no job was there to turn it into an orderly stop."""
 
 
 class EdgetoolGroup(TyperGroup):
@@ -73,8 +69,8 @@ class EdgetoolGroup(TyperGroup):
             output.failure("Interrupted", "interrupted (SIGINT)", None, INTERRUPTED)
             raise typer.Exit(INTERRUPTED) from error
         except Terminated as error:
-            output.failure("Terminated", "terminated (SIGTERM)", None, TERMINATED)
-            raise typer.Exit(TERMINATED) from error
+            output.failure("Terminated", "terminated (SIGTERM)", None, error.exit_code)
+            raise typer.Exit(error.exit_code) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -96,6 +92,7 @@ def _output(arguments: tuple[str, ...]) -> console.Output:
     command = next((argument for argument in arguments if not argument.startswith("-")), "edgetool")
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     output = console.Output(f"edgetool.{command}/1", "--json" in options or json_wanted(os.environ))
+    output.arguments = arguments
     for position, argument in enumerate(options):
         if argument == "--progress=json" or options[position : position + 2] == ("--progress", "json"):
             output.progress_mode = "json"
@@ -156,6 +153,7 @@ app.add_typer(envs.app, name="envs")
 app.add_typer(gpus.app, name="gpus")
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("bench")(bench.bench)
+app.add_typer(jobs.app, name="jobs")
 for _name, _function in {
     "eval": eval.eval,
     "serve-fpga": serve_fpga.serve_fpga,

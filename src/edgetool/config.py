@@ -1,8 +1,8 @@
 """The configuration of every command: one pydantic model, merged from options, environment, file and defaults.
 
 Only here are `EDGETOOL_...` variables and `--config` files read (by config_sources.py), and defaults are written down
-nowhere but in the sections, of which config_models.py and config_services.py hold those of the commands. Precedence,
-key by key: option > environment > file > default.
+nowhere but in the sections, of which config_models.py, config_services.py and config_pipeline.py hold those of the
+commands. Precedence, key by key: option > environment > file > default.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from edgetool.config_models import (
     InspectConfig,
     QuantizeConfig,
 )
+from edgetool.config_pipeline import JobsConfig, RunConfig
 from edgetool.config_services import (
     BenchConfig,
     EnvironmentName,
@@ -47,7 +48,9 @@ __all__ = [
     "EnvsConfig",
     "GpusConfig",
     "InspectConfig",
+    "JobsConfig",
     "QuantizeConfig",
+    "RunConfig",
     "SchedulerConfig",
     "Section",
     "ServeGpuConfig",
@@ -121,6 +124,8 @@ class Config(Section):
     gpus: GpusConfig = Field(default_factory=GpusConfig)
     serve_gpu: ServeGpuConfig = Field(default_factory=ServeGpuConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+    jobs: JobsConfig = Field(default_factory=JobsConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)
     """Dotted key -> origin in words, for each value that is not the default."""

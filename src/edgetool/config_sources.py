@@ -18,8 +18,9 @@ PREFIX = "EDGETOOL_"
 COMMAND_LINE = "the command line"
 
 _YES = {"1", "true", "yes", "on", "y", "t"}
-# The first is read by the tests; edgetool sets the others for the processes that it starts (scheduler.py, leases.py).
-_FOREIGN = {"EDGETOOL_DATA_DIR", "EDGETOOL_LEASE", "EDGETOOL_LEASE_FDS", "EDGETOOL_PORTS"}
+# The first is read by the tests; edgetool sets the others for the processes that it starts (scheduler.py, leases.py,
+# process_tree.py).
+_FOREIGN = {"EDGETOOL_DATA_DIR", "EDGETOOL_LEASE", "EDGETOOL_LEASE_FDS", "EDGETOOL_PORTS", "EDGETOOL_TREE"}
 
 Keys = Mapping[str, Sequence[str]]
 
@@ -50,6 +51,7 @@ def gather(
     settings.values["common"] = {"cache_dir": own_directory("cache", environ)}
     settings.values["envs"] = {"directory": own_directory("data", environ) / "envs"}
     settings.values["serve_gpu"] = {"state_dir": own_directory("state", environ) / "servers"}
+    settings.values["jobs"] = {"directory": own_directory("state", environ) / "jobs"}
     for section, table in from_file.items():
         for key, value in table.items():
             if value is not None:

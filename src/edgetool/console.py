@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edgetool.errors import EdgetoolError
-from edgetool.progress import NullProgress, Progress, Task
-from edgetool.progress_lines import JsonProgress, PlainProgress, size
+from edgetool.progress import NullProgress, Progress, Steps, Task
+from edgetool.progress_lines import JsonProgress, PlainProgress, count, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +53,7 @@ class Output:
         self.schema = schema
         self.json = as_json
         self.progress_mode = "auto"
+        self.arguments: tuple[str, ...] = ()  # the command line as it was typed
         self._stdout: TextIO | None = None
         self._saved_fd: int | None = None
         self._said = False
@@ -189,6 +190,19 @@ class _BarProgress:
         finally:
             self._bars.stop_task(bar.identity)
 
+    @contextlib.contextmanager
+    def steps(self, names: Sequence[str]) -> Iterator[Steps]:
+        width = max(map(len, names), default=0)
+        rows = {
+            name: self._bars.add_task(name.ljust(width), total=None, start=False, count="waiting", note="")
+            for name in names
+        }
+        try:
+            yield _StepBars(self._bars, rows)
+        finally:
+            for row in rows.values():
+                self._bars.stop_task(row)
+
     def note(self, message: str) -> None:
         self._bars.console.print(message, markup=False, highlight=False)
 
@@ -210,6 +224,25 @@ class _Bar:
         if note is not None:
             self.bars.update(self.identity, note=note)
         self.bars.update(self.identity, advance=steps, count=f"{done}/{total}")
+
+
+@dataclass
+class _StepBars:
+    bars: RichProgress
+    rows: Mapping[str, TaskID]
+
+    def state(self, name: str, state: str, note: str = "") -> None:
+        row = self.rows[name]
+        if state == "running":
+            self.bars.reset(row, total=None, count=state, note=note)
+            return
+        finished = state in ("done", "unchanged")
+        self.bars.update(row, total=1, completed=int(finished), count=state, note=note)
+        self.bars.stop_task(row)
+
+    def advance(self, name: str, task: str, done: float, total: float, unit: str = "", note: str = "") -> None:
+        shown = " ".join(filter(None, [task, note]))
+        self.bars.update(self.rows[name], total=total, completed=done, count=count(done, total, unit), note=shown)
 
 
 def _divert_stdout(stream: TextIO) -> int | None:

@@ -83,6 +83,12 @@ class Stopped(EdgetoolError):
     exit_code = 75
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived and no job was there to turn it into an orderly stop."""
+
+    exit_code: ClassVar[int] = 143
+
+
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "a bug in edgetool: a traceback is shown",

@@ -77,12 +77,16 @@ class RotatingLog:
 
 
 class LogFollower:
-    """Reads what a log gains after this object was made, as lines; follows it when it is rotated."""
+    """Reads what a log gains after this object was made, as lines; follows it when it is rotated.
 
-    def __init__(self, path: Path) -> None:
+    With `from_start` what it holds already comes first.
+    """
+
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        os.lseek(self._descriptor, 0, os.SEEK_END)
+        if not from_start:
+            os.lseek(self._descriptor, 0, os.SEEK_END)
         self._rest = b""
 
     def lines(self, *, final: bool = False) -> list[str]:

@@ -10,11 +10,11 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from edgetool.progress import Task
+from edgetool.progress import Steps, Task
 
 
 @dataclass
@@ -75,6 +75,11 @@ class LineProgress:
         finally:
             self._running.remove(meter)
 
+    @contextlib.contextmanager
+    def steps(self, names: Sequence[str]) -> Iterator[Steps]:
+        """Say how each of several commands gets on; what each says of its own tasks comes at its own pace."""
+        yield _StepLines(self)
+
     def note(self, message: str) -> None:
         """Say one line."""
         self._message("note", message)
@@ -93,6 +98,20 @@ class LineProgress:
         """Write one line on a task; `event` is start, progress, heartbeat, done or stopped."""
         meter.said_s = time.monotonic()
         self._write(self._task_line(event, meter))
+
+    def say_step(self, name: str, state: str, note: str) -> None:
+        """Write one line on the state of a step."""
+        self._write(self._step_line(name, state, note))
+
+    def say_step_task(self, name: str, task: str, done: float, total: float, unit: str, note: str) -> None:
+        """Write one line on a task within a step."""
+        self._write(self._step_task_line(name, task, done, total, unit, note))
+
+    def _step_line(self, name: str, state: str, note: str) -> str:
+        raise NotImplementedError
+
+    def _step_task_line(self, name: str, task: str, done: float, total: float, unit: str, note: str) -> str:
+        raise NotImplementedError
 
     def _message(self, kind: str, message: str) -> None:
         self._write(self._message_line(kind, " ".join(message.split())))
@@ -125,6 +144,17 @@ class LineProgress:
                 self.say("heartbeat", running[0])
 
 
+@dataclass
+class _StepLines:
+    owner: LineProgress
+
+    def state(self, name: str, state: str, note: str = "") -> None:
+        self.owner.say_step(name, state, note)
+
+    def advance(self, name: str, task: str, done: float, total: float, unit: str = "", note: str = "") -> None:
+        self.owner.say_step_task(name, task, done, total, unit, note)
+
+
 class PlainProgress(LineProgress):
     """Lines for people, without control codes: `[  41s] quantise: 3 of 30 layers, about 6 min left`."""
 
@@ -147,6 +177,13 @@ class PlainProgress(LineProgress):
             text += f" ({meter.note})"
         return self._message_line("note", text)
 
+    def _step_line(self, name: str, state: str, note: str) -> str:
+        return self._message_line("note", f"{name}: {state}" + (f" ({note})" if note else ""))
+
+    def _step_task_line(self, name: str, task: str, done: float, total: float, unit: str, note: str) -> str:
+        text = f"{name}: {task}: {count(done, total, unit)}" + (f" ({note})" if note else "")
+        return self._message_line("note", text)
+
 
 class JsonProgress(LineProgress):
     """One JSON object a line: `event`, `elapsed_s`, and for tasks `task`, `done`, `total`, `unit`, `note`."""
@@ -158,6 +195,12 @@ class JsonProgress(LineProgress):
         return self._line(
             event, task=meter.name, done=meter.done, total=meter.total, unit=meter.unit, note=meter.note or None
         )
+
+    def _step_line(self, name: str, state: str, note: str) -> str:
+        return self._line("step", step=name, state=state, note=note or None)
+
+    def _step_task_line(self, name: str, task: str, done: float, total: float, unit: str, note: str) -> str:
+        return self._line("progress", step=name, task=task, done=done, total=total, unit=unit, note=note or None)
 
     def _line(self, event: str, **values: Any) -> str:
         return json.dumps({"event": event, "elapsed_s": round(self._elapsed_s(), 3), **values})

@@ -44,7 +44,13 @@ class ProcessServer:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("EDGETOOL_", "HF_"))}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env=environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"},
+            env=environment
+            | {
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "NO_COLOR": "1",
+                "EDGETOOL_JOBS_RECORD": "0",  # its steps would be counted among those of the run
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -16,6 +16,23 @@ if TYPE_CHECKING:
 
 NOT_SETTINGS = {"config", "show_config", "quiet", "command"}
 
+JOBS: dict[str, tuple[str, ...]] = {
+    "quantize": ("dry_run",),
+    "convert": ("dry_run", "fix_config"),
+    "eval": ("dry_run", "compare"),
+    "compile_vcu128": ("dry_run", "inspect", "diff", "extract"),
+    "serve_gpu": ("dry_run", "list_servers", "stop", "detach"),
+    "serve_fpga": ("dry_run",),
+    "fpga_host": (),
+    "bench": (),
+    "demo": (),
+    "run": ("dry_run", "show_recipe"),
+}
+"""Sections of the long commands, which record themselves as jobs, and the settings with which they are quick ones.
+
+A detached server is a job of its own, not that of the command that has started it.
+"""
+
 
 @dataclass
 class Run:
@@ -59,4 +76,18 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
         show_config(settings, command, output)
         raise typer.Exit()
     with output.reserved(), contextlib.ExitStack() as live:
-        yield Run(settings, live.enter_context(console.progress(settings.common.progress)), output, live)
+        shown = live.enter_context(console.progress(settings.common.progress))
+        with _job(settings, command, output, shown) as progress:
+            yield Run(settings, progress, output, live)
+
+
+def _job(
+    settings: Config, command: str, output: Output, progress: Progress
+) -> contextlib.AbstractContextManager[Progress]:
+    """Around a long command: its record in the job store. Quick ones do not even import it."""
+    quick = JOBS.get(command)
+    if quick is None or not settings.jobs.record or any(getattr(getattr(settings, command), key) for key in quick):
+        return contextlib.nullcontext(progress)
+    from edgetool.jobs.recording import recorded
+
+    return recorded(settings, command, output.arguments, progress)
