@@ -27,6 +27,7 @@ from edgetool.commands import (
     inspect,
     jobs,
     quantize,
+    run,
     serve_fpga,
     serve_gpu,
 )
@@ -153,6 +154,7 @@ app.add_typer(envs.app, name="envs")
 app.add_typer(gpus.app, name="gpus")
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("bench")(bench.bench)
+app.command("run")(run.run_recipe)
 app.add_typer(jobs.app, name="jobs")
 for _name, _function in {
     "eval": eval.eval,

@@ -150,6 +150,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     *,
     complete: bool = True,
+    origin: str = COMMAND_LINE,
 ) -> Config:
     """Merge and check the configuration of one command.
 
@@ -160,6 +161,7 @@ def load(
         config_file: TOML or YAML file with a table per section.
         environ: environment to read (`os.environ` when None).
         complete: refuse when a required key is missing (False for `--show-config`).
+        origin: where `cli_values` come from, in words.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key (the nearest is named), or a value that cannot be used.
@@ -168,7 +170,7 @@ def load(
     environ = os.environ if environ is None else environ
     known = keys()
     from_file = read_config_file(config_file, known) if config_file else {}
-    settings = gather(command, cli_values, environ, from_file, str(config_file), known)
+    settings = gather(command, cli_values, environ, from_file, str(config_file), known, origin)
     sections = {name: _checked(name, section, settings) for name, section in SECTIONS.items()}
     config = Config.model_construct(None, **sections, origins=settings.origins)
     wanted = SECTIONS[command].required if command in SECTIONS else {}

@@ -52,6 +52,7 @@ class QuantizeConfig(Section):
         "symmetric: the zero point is 2**(bits-1) everywhere; default false for awq, else true",
         "true or false",
         option="--sym",
+        off="--asym",
     )
     desc_act: bool = setting(False, "store a true activation order in g_idx (gptq only)", "true or false")
     format: Literal["gptq", "awq", "compressed-tensors"] = setting(

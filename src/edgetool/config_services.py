@@ -84,6 +84,7 @@ class GpusConfig(Section):
         lambda so_far: so_far.get("min_free_bytes") is None,
         "share the GPUs with nobody; default: unless --min-free says how much of each is needed",
         "true or false",
+        off="--shared",
     )
     ports: Annotated[int, BeforeValidator(only_numbers), Field(ge=0, le=1000)] = setting(
         0, "number of ports", "a number from 0 to 1000"

@@ -45,8 +45,9 @@ def gather(
     from_file: Mapping[str, Mapping[str, Any]],
     file_name: str,
     keys: Keys,
+    origin: str = COMMAND_LINE,
 ) -> Settings:
-    """Lay the sources over one another, weakest first."""
+    """Lay the sources over one another, weakest first; `origin` says where `cli_values` come from."""
     settings = Settings()
     settings.values["common"] = {"cache_dir": own_directory("cache", environ)}
     settings.values["envs"] = {"directory": own_directory("data", environ) / "envs"}
@@ -65,7 +66,7 @@ def gather(
         if value is None:
             continue
         section = command if key in keys.get(command, ()) else "common"
-        settings.put(section, key, value, COMMAND_LINE)
+        settings.put(section, key, value, origin)
     return settings
 
 

@@ -68,13 +68,17 @@ Duration = Annotated[
 Port = Annotated[int, BeforeValidator(only_numbers), Field(ge=1, le=65_535)]
 
 
-def setting(default: Any, meaning: str, must: str, *, option: str | None = None, key: str | None = None) -> Any:
+def setting(
+    default: Any, meaning: str, must: str, *, option: str | None = None, off: str | None = None, key: str | None = None
+) -> Any:
     """A field: `meaning` for the documentation, `must` (what a value has to be) for errors and documentation.
 
     `option` is the command-line spelling where it is not `--` + the key with dashes; empty when there is none.
-    `key` is the name in files and variables where the attribute cannot have it.
+    `off` is the spelling for "no" where it is not `--no-` + that. `key` is the name in files and variables where the
+    attribute cannot have it.
     """
-    extra: dict[str, Any] = {"must": must} | ({} if option is None else {"option": option})
+    given = {"option": option, "off": off}
+    extra: dict[str, Any] = {"must": must} | {name: text for name, text in given.items() if text is not None}
     if callable(default):
         return Field(default_factory=default, description=meaning, json_schema_extra=extra, alias=key)
     return Field(default, description=meaning, json_schema_extra=extra, alias=key)
@@ -102,6 +106,13 @@ def option_of(name: str, field: FieldInfo) -> str:
     extra = field.json_schema_extra
     given = extra.get("option") if isinstance(extra, dict) else None
     return "--" + key_of(name, field).replace("_", "-") if given is None else str(given)
+
+
+def off_of(name: str, field: FieldInfo) -> str:
+    """The command-line spelling that turns a switch off."""
+    extra = field.json_schema_extra
+    given = extra.get("off") if isinstance(extra, dict) else None
+    return "--no-" + option_of(name, field).removeprefix("--") if given is None else str(given)
 
 
 def must_of(field: FieldInfo) -> str:

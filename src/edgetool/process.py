@@ -103,6 +103,7 @@ class Child:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         stdin: int | None = None,
+        stdout: int | None = None,
         pass_fds: Sequence[int] = (),
         log_rules: LogRules | None = None,
         grace_if_orphaned_s: float = 3.0,
@@ -115,6 +116,7 @@ class Child:
                 None: it writes where edgetool writes.
             env: its whole environment (None: a copy of ours). A token of the tree is added, as EDGETOOL_TREE.
             stdin: a descriptor it reads from; None: nothing to read.
+            stdout: a descriptor it writes its output to, so that the log has only its stderr.
             pass_fds: descriptors that it inherits under the same numbers, e.g. `Lease.fds`; the guard holds them too.
             grace_if_orphaned_s: what the tree gets between SIGTERM and SIGKILL when edgetool is gone.
 
@@ -138,12 +140,13 @@ class Child:
             "cwd": None if cwd is None else os.fspath(cwd),
             "token": token,
             "log": None if log is None else os.fspath(log.absolute()),
+            "stdout": stdout,
             "log_limit_bytes": rules.limit_bytes,
             "log_keep": rules.keep,
             "grace_if_orphaned_s": grace_if_orphaned_s,
             "parent": os.getpid(),
         }
-        guard, control = _start_guard(order, stdin, pass_fds)
+        guard, control = _start_guard(order, stdin, (*pass_fds, *(() if stdout is None else (stdout,))))
         child = cls(guard, control, ProcessId(0, 0), token, log)
         child._follower = follower
         try:

@@ -46,6 +46,8 @@ class Order(TypedDict):
     token: str
     log: str | None
     """None: the backend writes where edgetool writes."""
+    stdout: int | None
+    """A descriptor, the same here and there, for the backend's output alone; its errors still go to the log."""
     log_limit_bytes: int
     log_keep: int
     grace_if_orphaned_s: float
@@ -120,6 +122,8 @@ class _Guard:
             if writer >= 0:
                 os.dup2(writer, 1)
                 os.dup2(writer, 2)
+            if self.order["stdout"] is not None:
+                os.dup2(self.order["stdout"], 1)
             for number in range(1, signal.NSIG):  # as a program expects to find them
                 with contextlib.suppress(OSError, ValueError):
                     signal.signal(number, signal.SIG_DFL)

@@ -96,6 +96,10 @@ class FileHashes:
         """File name -> hash; waits for those that are not ready."""
         return {path.name: self._found[path].result() for path in paths}
 
+    def one(self, path: Path) -> str:
+        """The hash of a file that was added; waits for it."""
+        return self._found[path].result()
+
     def __enter__(self) -> FileHashes:
         return self
 

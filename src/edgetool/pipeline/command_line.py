@@ -1,0 +1,59 @@
+"""A step as the command line that a user could type to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetool.config import SECTIONS, key_of, option_of
+from edgetool.config_values import off_of
+from edgetool.errors import ConfigError
+from edgetool.pipeline.commands import Command
+
+
+def arguments(command: Command, settings: Mapping[str, Any], where: str) -> list[str]:
+    """The arguments after `edgetool`: the command, what it reads, where it writes, and then the other settings.
+
+    Raises:
+        ConfigError: a setting that has no option; `where` names the step.
+    """
+    first = [key for key in (command.source, "output") if key in settings]
+    words = [command.name]
+    for key in [*first, *(key for key in settings if key not in first and key != "extra")]:
+        words += _words(command, key, settings[key], where)
+    if settings.get("extra"):  # what serve-gpu passes on to vLLM
+        words += ["--", *map(str, settings["extra"])]
+    return words
+
+
+def _words(command: Command, key: str, value: Any, where: str) -> list[str]:
+    section = SECTIONS[command.section]
+    fields = {key_of(*item): item for one in (section, SECTIONS["common"]) for item in one.model_fields.items()}
+    name, field = fields[key]
+    option = option_of(name, field)
+    if not option:
+        raise ConfigError(f"{key!r} of {where} has no option", "set it in the environment or in the file of --config")
+    if value is True:
+        return [option]
+    if value is False:
+        # a switch that is off by default has no spelling for "off"
+        return [] if field.default is False else [off_of(name, field)]
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if not option.startswith("-"):
+        return [text]
+    return ["-o" if key == "output" else option, text]
+
+
+def inserted(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """`words` with further options, before the arguments that a command passes on."""
+    end = list(words).index("--") if "--" in words else len(words)
+    return [*words[:end], *options, *words[end:]]
+
+
+def path_text(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the working directory."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
