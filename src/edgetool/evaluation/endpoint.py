@@ -164,14 +164,12 @@ class Client:
 class Scored:
     """A prompt's tokens, and one generated token at the end, as a server scored them.
 
-    logprobs[i]: of token i given those before it; None for the first, which follows nothing. offsets[i]: where token i
-    begins in the text that the server sent back, None where it does not say. greedy[i]: whether token i was the most
-    likely one, None where the server does not tell.
+    logprobs[i]: of token i given those before it; None for the first, which follows nothing. greedy[i]: whether token i
+    was the most likely one, None where the server does not tell.
     """
 
     tokens: tuple[str, ...]
     logprobs: tuple[float | None, ...]
-    offsets: tuple[int, ...] | None
     greedy: tuple[bool | None, ...]
 
 
@@ -188,14 +186,10 @@ def read_scored(endpoint: Endpoint, choice: Mapping[str, Any]) -> Scored:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
             raise garbage(endpoint, f"{value!r} as the log-probability of token {place}")
-    offsets = found.get("text_offset")
-    whole = isinstance(offsets, list) and len(offsets) == len(tokens) and all(isinstance(at, int) for at in offsets)
     top = found.get("top_logprobs")
     tops = top if isinstance(top, list) and len(top) == len(tokens) else [None] * len(tokens)
     greedy = tuple(_is_greedy(value, best) for value, best in zip(values, tops, strict=True))
-    return Scored(
-        tuple(map(str, tokens)), tuple(values), tuple(offsets) if whole and isinstance(offsets, list) else None, greedy
-    )
+    return Scored(tuple(map(str, tokens)), tuple(values), greedy)
 
 
 def _is_greedy(value: float | None, top: Any) -> bool | None:
@@ -218,7 +212,7 @@ def check_scores(client: Client) -> None:
         if "does not answer" in error.message:
             raise ResourceUnavailable(error.message, "start the server, or give another --endpoint") from error
         raise BadInput(f"{why}: {error.message}", hint) from error
-    if text not in "".join(scored.tokens) and (scored.offsets is None or len(scored.tokens) < 4):
+    if text not in "".join(scored.tokens):
         raise BadInput(f"{why}: it scored {''.join(scored.tokens)!r} in place of {text!r}", hint)
 
 

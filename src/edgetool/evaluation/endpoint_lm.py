@@ -21,7 +21,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from edgetool.errors import BadInput, EdgetoolError
-from edgetool.evaluation.endpoint import CHAT, COMPLETIONS, Client, Scored, garbage, read_scored
+from edgetool.evaluation.endpoint import CHAT, COMPLETIONS, Client, garbage, read_scored
 
 DEFAULT_LENGTH_TOKENS = 2048
 """Context of an endpoint that is not told otherwise, as in upstream."""
@@ -124,7 +124,7 @@ class TextLM(LM):  # type: ignore[misc]
             spaces = len(context) - len(context.rstrip())
             if spaces:  # as upstream does: a space belongs to the word after it
                 context, continuation = context[:-spaces], context[-spaces:] + continuation
-            return continuation_score(client, client.scored(context + continuation), context, continuation)
+            return continuation_score(client, context, continuation)
 
         def keep(request: Any, answer: tuple[float, bool]) -> None:
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -155,54 +155,38 @@ class TextLM(LM):  # type: ignore[misc]
         return _generated(self, requests, generate, self._workers)
 
 
-def continuation_score(client: Client, scored: Scored, context: str, continuation: str) -> tuple[float, bool]:
+def continuation_score(client: Client, context: str, continuation: str) -> tuple[float, bool]:
     """Log-probability of `continuation` after `context`, and whether each of its tokens was the likeliest.
 
-    A token that reaches over the border belongs to the continuation. The first token of all has no probability where
-    the server puts nothing before it; it counts only where the context is empty, and then as certain.
-    Raises BackendFailed where the server's tokens do not spell the text that was sent.
+    Where the context ends is seen in the texts of the server's tokens, and a token that reaches over the border belongs
+    to the continuation. Tokens that are parts of characters have no text of their own: the context is then sent alone,
+    and has as many tokens as it has there, which is upstream's rule. The first token of all has no probability where
+    the server puts nothing before it; it is left out where the context is empty. Raises BackendFailed.
     """
-    starts = _starts(scored, context + continuation)
-    if starts is None:
-        raise garbage(client.endpoint, "tokens that do not spell the prompt")
+    scored = client.scored(context + continuation)
+    first = _tokens_before(scored.tokens, context, context + continuation)
+    if first is None:
+        first = len(client.scored(context).tokens) - 1 if context else 0
+        if first >= len(scored.tokens) - 1:
+            raise garbage(client.endpoint, f"more tokens for {context[-40:]!r} than for a longer text")
     total, greedy = [], True
-    end = len(context) + len(continuation)
-    ends = [*starts[1:], max(end, starts[-1])]
-    for place, (start, stop) in enumerate(zip(starts, ends, strict=True)):
-        if stop <= len(context) or start >= end:
-            continue
-        value = scored.logprobs[place]
+    for value, likeliest in list(zip(scored.logprobs, scored.greedy, strict=True))[first:-1]:
         if value is None:
             if context:
                 raise garbage(client.endpoint, "tokens without a log-probability")
             continue
         total.append(value)
-        greedy = greedy and scored.greedy[place] is True
+        greedy = greedy and likeliest is True
     return math.fsum(total), greedy
 
 
-def _starts(scored: Scored, prompt: str) -> list[int] | None:
-    """Where each token begins in `prompt`: by the server's offsets, or by the tokens' lengths; None where both lie."""
-    joined = "".join(scored.tokens)
-    shift = joined.find(prompt)
-    if shift >= 0:  # special tokens in front take negative places
-        starts, at = [], -shift
-        for token in scored.tokens:
-            starts.append(at)
-            at += len(token)
-        return starts
-    if scored.offsets is None:
+def _tokens_before(tokens: Sequence[str], context: str, prompt: str) -> int | None:
+    """How many tokens end within the context; None where the tokens' texts do not spell the prompt."""
+    shift = "".join(tokens).find(prompt)  # special tokens may stand in front
+    if shift < 0:
         return None
-    # tokens that are parts of characters do not join to the text; offsets count from the first that is no special one
-    for skipped in (0, 1):
-        base = scored.offsets[skipped] if len(scored.offsets) > skipped else 0
-        starts = [at - base for at in scored.offsets]
-        rising = all(one <= other for one, other in itertools.pairwise(starts))
-        pairs = list(zip(starts, scored.tokens, strict=True))[skipped:-1]
-        plain = [(at, token) for at, token in pairs if token.isascii() and not token.startswith("bytes:")]
-        if rising and plain and all(prompt[at : at + len(token)] == token for at, token in plain if at < len(prompt)):
-            return starts
-    return None
+    ends = itertools.accumulate(map(len, tokens))
+    return sum(end - shift <= len(context) for end in ends)
 
 
 def _few_stops(body: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class InProcess:
 
     def needed_bytes(self, batch_size: int, context_tokens: int) -> int:
         """Memory for the weights and for the logits of one batch, about."""
-        weights = sizes(self.checkpoint, look(self.checkpoint), DTYPE_BYTES[self.identity["dtype"]]).weights_bytes
+        weights = sizes(self.checkpoint, look(self.checkpoint), DTYPE_BYTES[str(self.identity["dtype"])]).weights_bytes
         vocabulary = int(text_config(self.checkpoint.config).get("vocab_size") or 0)
         tokens = max(batch_size * _TYPICAL_TOKENS, context_tokens)
         return weights + tokens * vocabulary * 4 * _LOGIT_COPIES + _OVERHEAD_BYTES
