@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class PerplexityScores:
     context: most tokens that a prediction sees. stride: tokens that a window after the first predicts.
     prefix: "every window" where each begins with the beginning-of-text token, "first window" where only the first has
     one (or the end-of-text token in its place), "none" where the server's tokenizer decides.
+    unit: of context and stride; "characters" where nobody knows the server's tokenizer.
     """
 
     windows: tuple[WindowLoss, ...]
@@ -75,6 +76,7 @@ class PerplexityScores:
     prefix: str
     text_sha256: str
     seconds: float = 0.0
+    unit: Literal["tokens", "characters"] = "tokens"
 
     @property
     def nll(self) -> float:
