@@ -15,8 +15,8 @@ from edgetool.errors import ConfigError
 Framework = Literal["lm-eval", "evalplus", "edgetool"]
 Kind = Literal["loglikelihood", "generation", "code", "perplexity", "rouge"]
 
-MMLU_SUBJECTS: tuple[str, ...] = tuple(
-    """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+_SUBJECTS = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
     college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
     econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
     high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
@@ -25,8 +25,8 @@ MMLU_SUBJECTS: tuple[str, ...] = tuple(
     human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
     medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
     professional_accounting professional_law professional_medicine professional_psychology public_relations
-    security_studies sociology us_foreign_policy virology world_religions""".split()
-)
+    security_studies sociology us_foreign_policy virology world_religions"""
+MMLU_SUBJECTS: tuple[str, ...] = tuple(_SUBJECTS.split())
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ def _gpqa() -> Iterable[EvalTask]:
 
 
 _MAIN = (
-    _choices("arc_easy", "acc", "arc", "arc_easy", "ARC-Easy", "grade-school science, the easier part"),
-    _choices("arc_challenge", "acc_norm", "arc", "arc_challenge", "ARC-Challenge", "grade-school science, the harder part"),
+    _choices("arc_easy", "acc", "arc", "arc_easy", "ARC-Easy", "grade-school science"),
+    _choices("arc_challenge", "acc_norm", "arc", "arc_challenge", "ARC-Challenge", "grade-school science, harder"),
     _maths("gsm8k_cot", "gsm8k", "grade-school mathematics, 8 worked examples"),
     _maths("gsm8k_platinum_cot", "gsm8k_platinum", "gsm8k_cot with its wrong answers corrected"),
     _choices("hellaswag", "acc_norm", "hellaswag", "hellaswag", "default", "which sentence comes next"),
     EvalTask(
-        "mmlu", "lm-eval", "loglikelihood", "acc", "57 subjects of school and university", "mmlu", MMLU_SUBJECTS, "mmlu",
-        "mmlu/default",
+        "mmlu", "lm-eval", "loglikelihood", "acc", "57 subjects of school and university", "mmlu", MMLU_SUBJECTS,
+        "mmlu", "mmlu/default",
     ),
     # The tag that upstream calls gpqa is 15 variants of the same questions. This one has the set that the paper calls
     # main (twice as many questions as diamond, so narrower intervals) and needs neither a chat model nor generation.
@@ -136,6 +136,6 @@ def find_tasks(names: Iterable[str]) -> tuple[EvalTask, ...]:
 
 def _nearest(name: str) -> str | None:
     # gsm8k is nearer to gsm8k_cot than any measure of edits says
-    begun = [task for task in MAIN_TASKS if name and task.startswith(name)]
+    begun = [task for task in TASKS if len(name) > 2 and task.startswith(name)]
     close = difflib.get_close_matches(name, MAIN_TASKS, 1) or difflib.get_close_matches(name, TASKS, 1)
     return next(iter([*begun, *close]), None)
