@@ -107,28 +107,35 @@ def refuse(problems: Sequence[Problem]) -> None:
 
 def local_dataset(data: TaskData, cache_dir: Path) -> Path:
     """Directory for `datasets.load_dataset`, made under `cache_dir` unless the same rows are there already."""
-    readme = _readme(data)
-    digest = hashlib.sha256(readme.encode())
-    for split in data.splits.values():
-        digest.update(hashlib.sha256(split.lines).digest())
+    files = {_file_name(*names): split.lines for names, split in data.splits.items()}
+    files["README.md"] = _readme(data).encode()
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
     place = cache_dir / "eval" / "data" / f"{data.task.dataset}-{digest.hexdigest()[:24]}"
-    if place.is_dir():
+    if _holds(place, files):
         return place
     with disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
-            for (config, split), rows in data.splits.items():
-                (new / _file_name(config, split)).write_bytes(rows.lines)
-            (new / "README.md").write_text(readme)
+            for name, content in files.items():
+                (new / name).write_bytes(content)
             new.chmod(0o755)
+            if place.exists():
+                shutil.rmtree(place, ignore_errors=True)
             new.rename(place)
         except OSError:
-            if not place.is_dir():  # otherwise another run was quicker, with the same rows
+            if not _holds(place, files):  # otherwise another run was quicker, with the same rows
                 raise
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return place
+
+
+def _holds(place: Path, files: Mapping[str, bytes]) -> bool:
+    # by size only: a file that a crash has torn is too short
+    return all((place / name).is_file() and (place / name).stat().st_size == len(files[name]) for name in files)
 
 
 class _Missing(Exception):
@@ -299,6 +306,6 @@ def _readme(data: TaskData) -> str:
         files = {split: _file_name(config, split) for part, split in data.splits if part == config}
         if dataset.examples:
             files.setdefault(dataset.examples, files[dataset.questions])
-        splits = [{"split": split, "path": path} for split, path in sorted(files.items())]
-        configs.append({"config_name": config, "data_files": splits})
+        listed = [{"split": split, "path": path} for split, path in sorted(files.items())]
+        configs.append({"config_name": config, "data_files": listed})
     return f"---\n{json.dumps({'configs': configs})}\n---\n"  # JSON is YAML
