@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from lm_eval.api.model import LM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from edgetool.errors import BadInput, EdgetoolError
+from edgetool.errors import BadInput, EdgetoolError, Stopped
 from edgetool.evaluation.endpoint import CHAT, COMPLETIONS, Client, garbage, read_scored
 
 DEFAULT_LENGTH_TOKENS = 2048
@@ -33,10 +33,22 @@ Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
 
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 class TokenLM(LocalCompletionsAPI):  # type: ignore[misc]
     """`local-completions` with our way of sending. `client` is asked for when the first answer is wanted."""
 
-    def __init__(self, client: Callable[[], Client], tokenizer: Path, concurrency: int, max_length: int | None) -> None:
+    def __init__(
+        self,
+        client: Callable[[], Client],
+        tokenizer: Path,
+        concurrency: int,
+        max_length: int | None,
+        stopped: Callable[[], bool] = never,
+    ) -> None:
         super().__init__(
             tokenizer=str(tokenizer),
             tokenizer_backend="huggingface",
@@ -44,6 +56,7 @@ class TokenLM(LocalCompletionsAPI):  # type: ignore[misc]
         )
         self._client = client
         self._workers = concurrency
+        self._stopped = stopped
 
     @property
     def tokenizer_name(self) -> str:
@@ -75,6 +88,7 @@ class TokenLM(LocalCompletionsAPI):  # type: ignore[misc]
             score,
             lambda request, answer: request[0] and self.cache_hook.add_partial("loglikelihood", request[0], answer),
             self._workers,
+            self._stopped,
         )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -90,14 +104,17 @@ class TokenLM(LocalCompletionsAPI):  # type: ignore[misc]
             del payload["model"]
             return _cut(client.text(COMPLETIONS, _few_stops(payload)), payload.get("stop"))
 
-        return _generated(self, requests, generate, self._workers)
+        return _generated(self, requests, generate, self._workers, self._stopped)
 
 
 class TextLM(LM):  # type: ignore[misc]
     """An endpoint whose tokenizer is not known: texts are sent and, with `chat`, messages."""
 
-    def __init__(self, client: Callable[[], Client], concurrency: int, chat: bool) -> None:
+    def __init__(
+        self, client: Callable[[], Client], concurrency: int, chat: bool, stopped: Callable[[], bool] = never
+    ) -> None:
         super().__init__()
+        self._stopped = stopped
         self._client = client
         self._workers = concurrency
         self._chat = chat
@@ -130,7 +147,7 @@ class TextLM(LM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
 
         longest_first = sorted(range(len(requests)), key=lambda at: -sum(map(len, requests[at].args)))
-        return _in_order(longest_first, requests, score, keep, self._workers)
+        return _in_order(longest_first, requests, score, keep, self._workers, self._stopped)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         raise BadInput(f"{self._client().endpoint.url}: rolling log-likelihood needs the tokenizer", "give MODEL too")
@@ -152,7 +169,7 @@ class TextLM(LM):  # type: ignore[misc]
             }
             return _cut(client.text(CHAT if self._chat else COMPLETIONS, _few_stops(body)), stops)
 
-        return _generated(self, requests, generate, self._workers)
+        return _generated(self, requests, generate, self._workers, self._stopped)
 
 
 def continuation_score(client: Client, context: str, continuation: str) -> tuple[float, bool]:
@@ -202,7 +219,9 @@ def _cut(text: str, stops: str | Sequence[str] | None) -> str:
     return text
 
 
-def _generated(lm: Any, requests: list[Any], generate: Callable[[Any], str], workers: int) -> list[str]:
+def _generated(
+    lm: Any, requests: list[Any], generate: Callable[[Any], str], workers: int, stopped: Callable[[], bool]
+) -> list[str]:
     longest_first = sorted(range(len(requests)), key=lambda at: -len(requests[at].args[0]))
     return _in_order(
         longest_first,
@@ -210,6 +229,7 @@ def _generated(lm: Any, requests: list[Any], generate: Callable[[Any], str], wor
         generate,
         lambda request, answer: lm.cache_hook.add_partial("generate_until", request.args, answer),
         workers,
+        stopped,
     )
 
 
@@ -219,10 +239,12 @@ def _in_order(
     ask: Callable[[Asked], Answer],
     keep: Callable[[Asked, Answer], Any],
     workers: int,
+    stopped: Callable[[], bool],
 ) -> list[Answer]:
     """`ask` for each request, `workers` at once, begun in `order`; each answer is kept in this thread as it comes.
 
-    The first failure ends all: what has not begun never begins, and the failure is raised when the others have come.
+    The first failure ends all, and so does `stopped`: what has not begun never begins, and the error is raised when the
+    others have come.
     """
     answers: dict[int, Answer] = {}
     failed = threading.Event()
@@ -239,6 +261,8 @@ def _in_order(
                 assert answer is not None
                 answers[place] = answer
                 keep(requests[place], answer)
+                if stopped():
+                    raise Stopped("stopped on request: all answers so far are kept")
         except BaseException:
             failed.set()
             for future in waiting:

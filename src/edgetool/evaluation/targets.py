@@ -209,9 +209,11 @@ class Remote:
 
             asking = self._asking
             if self.tokenizer is None:
-                self._lm = TextLM(self.client, asking.concurrency, asking.chat_template)
+                self._lm = TextLM(self.client, asking.concurrency, asking.chat_template, self._stopped)
             else:
-                self._lm = TokenLM(self.client, self.tokenizer.directory, asking.concurrency, asking.max_length)
+                self._lm = TokenLM(
+                    self.client, self.tokenizer.directory, asking.concurrency, asking.max_length, self._stopped
+                )
         return self._lm
 
     def release(self) -> None:
