@@ -10,6 +10,7 @@ measured value has to hold; with "@ C %" the worse bound of its C % interval has
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class Decision:
 
     @property
     def passed(self) -> bool:
-        """Whether everything that was asked for holds."""
-        return all(verdict.passed for verdict in self.verdicts)
+        """Whether everything that was asked for holds; nothing to judge is no pass."""
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
 
     @property
     def reason(self) -> str:
@@ -199,6 +200,8 @@ def judge_perplexity(clause: Clause, pair: PerplexityPair) -> Verdict:
     ratio = pair.ratio
     if ratio is None:
         return _verdict(clause, PERPLEXITY, False, "the two models cut the text into different tokens")
+    if not math.isfinite(ratio):
+        return _verdict(clause, PERPLEXITY, False, "a perplexity that is no finite number")
     interval = pair.ratio_interval(clause.confidence) if clause.confidence else None
     if clause.confidence and interval is None:
         return _verdict(clause, PERPLEXITY, False, f"{len(pair.original.windows)} windows are too few for an interval")

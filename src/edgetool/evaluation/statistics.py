@@ -206,8 +206,8 @@ class PerplexityPair:
         return _exp((self.quantized.nll - self.original.nll) / self.original.tokens) if self.same_tokens else None
 
     def ratio_interval(self, confidence: float) -> Interval | None:
-        """Paired bootstrap over windows, percentiles; None with fewer than 5, too few to show their spread."""
-        if not self.same_tokens or len(self.original.windows) < FEWEST_WINDOWS:
+        """Paired bootstrap over windows, percentiles; None with fewer than 5, or where there is no ratio."""
+        if len(self.original.windows) < FEWEST_WINDOWS or self.ratio is None or not math.isfinite(self.ratio):
             return None
         windows = zip(self.original.windows, self.quantized.windows, strict=True)
         rows = np.array([(after.nll - before.nll, before.tokens) for before, after in windows])
