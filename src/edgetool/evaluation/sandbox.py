@@ -1,0 +1,404 @@
+"""Programs that nobody has read, run so that they can harm nothing: the side of edgetool.
+
+Four kinds of isolation, the strongest that works here is taken, found out by running a trial in each:
+
+| kind | files | network | processes | for |
+|---|---|---|---|---|
+| namespaces | a root of its own: system and Python read-only, a limited /tmp | none | sees only its own | root and users |
+| bubblewrap | the same, built by bwrap | none | sees only its own | users whom only bwrap gets namespaces |
+| landlock | only system and Python readable, only its own directory writable | none | no signals out (Linux 6.12) | containers |
+| limits | whatever the user may | none, where calls can be filtered | whatever the user may | nothing better |
+
+In all: an empty environment, no new privileges, filtered system calls, limits of CPU time, address space, file size,
+descriptors and processes, and a watch over wall time, memory, disk and output that ends the tree as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgetool.errors import BackendFailed, BadInput, ResourceUnavailable
+from edgetool.evaluation import sandbox_bubblewrap as bubblewrap
+from edgetool.evaluation import sandbox_kernel as kernel
+from edgetool.evaluation.sandbox_watch import Watch
+from edgetool.process_tree import TREE_VARIABLE, carriers, send
+
+KINDS = ("namespaces", "bubblewrap", "landlock", "limits")
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_LAUNCHER = (
+    f"import sys; sys.path.append({_PACKAGE_ROOT!r}); from edgetool.evaluation.sandbox_launcher import main; main()"
+)
+_LAUNCHER_FILES = [
+    f"{_PACKAGE_ROOT}/edgetool/{name}.py"
+    for name in (
+        "__init__",
+        "process_tree",
+        "evaluation/__init__",
+        "evaluation/sandbox_launcher",
+        "evaluation/sandbox_kernel",
+    )
+]
+_FIRST_UID, _UIDS = 61184, 4336
+"""Numbers that systemd gives out for a while and nobody else has; one for each run, so that limits count it alone."""
+_START_LIMIT_S = 60.0
+_LOOK_S = 0.05
+_ERROR_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use. Whoever asks for more gets an error; whoever gets around that is ended.
+
+    address_space_bytes: of one process. memory_bytes: resident, of all its processes together. disk_bytes: of its
+    directory. processes: threads count. output_bytes: on stdout.
+    """
+
+    wall_s: float = 60.0
+    cpu_s: int = 60
+    address_space_bytes: int = 4 << 30
+    memory_bytes: int = 4 << 30
+    disk_bytes: int = 64 << 20
+    processes: int = 64
+    descriptors: int = 256
+    output_bytes: int = 4 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    returncode: of the program, minus the signal that ended it; None when it was ended from outside. ended_by: the limit
+    that was broken ("time", "memory", "disk", "output"), "stopped", or None. errors: the end of what it wrote to stderr.
+    """
+
+    returncode: int | None
+    output: bytes
+    errors: str
+    ended_by: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """One way to run a program. Made by `open_sandbox`; may be used from several threads, one run each.
+
+    kind: of `KINDS`. readable: directories and files that programs may read besides the system's and Python's.
+    warnings: what this kind leaves open, one sentence each.
+    """
+
+    kind: str
+    readable: tuple[str, ...]
+    limits: Limits
+    warnings: tuple[str, ...] = ()
+    filtered: bool = True
+    change_user: bool = field(default_factory=lambda: os.geteuid() == 0)
+
+    def run(
+        self,
+        program: Path,
+        arguments: Sequence[str] = (),
+        stdin: bytes = b"",
+        *,
+        limits: Limits | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Run a Python program; it reads `stdin` and answers on stdout.
+
+        Raises BackendFailed when the sandbox itself could not be set up. The calling thread must live until it returns.
+        """
+        limits = limits or self.limits
+        scratch = None if self.kind in ("namespaces", "bubblewrap") else Path(tempfile.mkdtemp(prefix="edgetool-run-"))
+        try:
+            return self._run(program, arguments, stdin, limits, scratch, stopped)
+        finally:
+            if scratch is not None:
+                _remove(scratch)
+
+    def _run(
+        self,
+        program: Path,
+        arguments: Sequence[str],
+        stdin: bytes,
+        limits: Limits,
+        scratch: Path | None,
+        stopped: Callable[[], bool],
+    ) -> Outcome:
+        token = secrets.token_hex(8)
+        uid = _FIRST_UID + secrets.randbelow(_UIDS) if self.change_user else None
+        if scratch is not None and uid is not None:
+            os.chown(scratch, uid, uid)
+        order = self._order(program, arguments, limits, scratch, uid, token)
+        reading, writing = os.pipe()
+        begun = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                self._words(order, writing),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={TREE_VARIABLE: token},
+                pass_fds=(writing,),
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            os.close(reading)
+            raise ResourceUnavailable(f"no process for generated code could be started: {error.strerror}") from error
+        finally:
+            os.close(writing)
+        talk = _Talk(process, reading, stdin, limits.output_bytes)
+        watch = Watch(process.pid, limits.memory_bytes, limits.disk_bytes, scratch)
+        ended_by: str | None = None
+        try:
+            while talk.open(_LOOK_S):
+                if stopped():
+                    ended_by = "stopped"
+                elif talk.flooded:
+                    ended_by = "output"
+                elif talk.began is not None and time.monotonic() - talk.began > limits.wall_s:
+                    ended_by = "time"
+                elif talk.began is None and time.monotonic() - begun > _START_LIMIT_S:
+                    raise BackendFailed("the sandbox for generated code did not start in a minute")
+                else:
+                    ended_by = watch.broken()
+                if ended_by is not None:
+                    break
+        finally:
+            self._end(process, token)
+            talk.close()
+        if talk.failed is not None:
+            raise BackendFailed(f"the sandbox ({self.kind}) could not be set up: {talk.failed}")
+        if talk.ended is None and ended_by is None and talk.began is None:
+            raise BackendFailed(
+                f"the sandbox ({self.kind}) ended before it began: {talk.errors.decode(errors='replace')}"
+            )
+        status = talk.ended if ended_by is None else None
+        return Outcome(
+            returncode=None if status is None else os.waitstatus_to_exitcode(status),
+            output=bytes(talk.output),
+            errors=talk.errors.decode(errors="replace"),
+            ended_by=ended_by,
+            seconds=time.monotonic() - (talk.began or begun),
+        )
+
+    def _order(
+        self, program: Path, arguments: Sequence[str], limits: Limits, scratch: Path | None, uid: int | None, token: str
+    ) -> dict[str, Any]:
+        place = "/tmp" if scratch is None else str(scratch)  # noqa: S108  inside it is a file system of its own
+        source = str(program.resolve())
+        processes = limits.processes
+        if self.kind != "namespaces" and uid is None:
+            processes += _threads_of(os.getuid())  # the limit counts all that this user runs
+        return {
+            "kind": self.kind,
+            "parent": os.getpid(),
+            "command": [sys.executable, "-I", "-B", source, *arguments],
+            "readable": [*self.readable, source],
+            "scratch": place,
+            "scratch_bytes": limits.disk_bytes,
+            "environment": {
+                "HOME": place,
+                "TMPDIR": place,
+                "LANG": "C.UTF-8",
+                "OPENBLAS_NUM_THREADS": "1",
+                TREE_VARIABLE: token,
+            },
+            "uid": uid,
+            "filtered": self.filtered,
+            "rlimits": {
+                "CPU": (limits.cpu_s, limits.cpu_s + 5),
+                "AS": (limits.address_space_bytes,) * 2,
+                "FSIZE": (limits.disk_bytes,) * 2,
+                "NOFILE": (limits.descriptors,) * 2,
+                "NPROC": (processes,) * 2,
+                "CORE": (0, 0),
+                "MEMLOCK": (0, 0),
+            },
+            "wall_s": limits.wall_s,
+        }
+
+    def _words(self, order: dict[str, Any], status: int) -> list[str]:
+        launcher = [sys.executable, "-I", "-S", "-B", "-c", _LAUNCHER, json.dumps(order), str(status)]
+        if self.kind != "bubblewrap":
+            return launcher
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise BackendFailed("no program bwrap is installed")
+        return [*bubblewrap.words(bwrap, [*order["readable"], *_LAUNCHER_FILES], order["scratch_bytes"]), *launcher]
+
+    def _end(self, process: subprocess.Popen[bytes], token: str) -> None:
+        """End the whole tree. In namespaces the kernel does that when the launcher is gone."""
+        if self.kind in ("landlock", "limits") and process.poll() is None:
+            process.send_signal(signal.SIGTERM)  # the launcher ends what is below it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(6)
+        if process.poll() is None:  # not waited for yet, so the number is still its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if self.kind in ("landlock", "limits"):  # should the program have killed the launcher
+            for _ in range(50):
+                left = [one for one in carriers(token) if one.pid != os.getpid()]
+                if not left:
+                    break
+                for one in left:
+                    send(one, signal.SIGKILL)
+
+
+class _Talk:
+    """The pipes of a run: what goes in, what comes out, and what the launcher says."""
+
+    def __init__(self, process: subprocess.Popen[bytes], status: int, stdin: bytes, most_bytes: int) -> None:
+        assert process.stdin and process.stdout and process.stderr
+        self.output = bytearray()
+        self.errors = b""
+        self.flooded = False
+        self.failed: str | None = None
+        self.ended: int | None = None
+        self.began: float | None = None
+        self._most_bytes = most_bytes
+        self._said = b""
+        self._stdin = memoryview(stdin)
+        self._writing = process.stdin
+        self._files = {process.stdout.fileno(): self._out, process.stderr.fileno(): self._err, status: self._listen}
+        self._status = status
+        self._process = process
+        os.set_blocking(self._writing.fileno(), False)
+        if not stdin:
+            self._writing.close()
+
+    def open(self, timeout_s: float) -> bool:
+        """Move what is ready within `timeout_s`; False once nothing can come any more."""
+        waiting = [] if self._writing.closed else [self._writing.fileno()]
+        readable, writable, _ = select.select(list(self._files), waiting, [], timeout_s)
+        for descriptor in readable:
+            data = os.read(descriptor, 1 << 16)
+            if data:
+                self._files[descriptor](data)
+            else:
+                del self._files[descriptor]
+        if writable:
+            try:
+                self._stdin = self._stdin[os.write(self._writing.fileno(), self._stdin[: 1 << 16]) :]
+            except BrokenPipeError:
+                self._stdin = self._stdin[:0]
+            if not self._stdin:
+                self._writing.close()
+        # what is left in the pipes after the end was said is still read, unless somebody keeps them open
+        return bool(self._files) and not (self.ended is not None and not readable)
+
+    def _out(self, data: bytes) -> None:
+        room = self._most_bytes - len(self.output)
+        self.output += data[:room]
+        self.flooded = self.flooded or len(data) > room
+
+    def _err(self, data: bytes) -> None:
+        self.errors = (self.errors + data)[-_ERROR_BYTES:]
+
+    def _listen(self, data: bytes) -> None:
+        *lines, self._said = (self._said + data).split(b"\n")
+        for message in map(json.loads, lines):
+            if "started" in message:
+                self.began = time.monotonic()
+            self.failed = message.get("failed", self.failed)
+            self.ended = message.get("ended", self.ended)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        os.close(self._status)
+        for stream in (self._writing, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def open_sandbox(
+    trial: Path,
+    *,
+    readable: Sequence[Path] = (),
+    limits: Limits | None = None,
+    unsafe: bool = False,
+    kinds: Sequence[str] = KINDS,
+) -> Sandbox:
+    """The strongest sandbox that works here, found by running the program `trial`, which must exit with 0.
+
+    readable: what programs need besides the system's directories and this Python. unsafe: as root, do with limits alone
+    where there is nothing better (`--unsafe-exec`). kinds: those to try, in order.
+
+    Raises BadInput where we are root and only limits are left, and BackendFailed where nothing works at all.
+    """
+    prefixes = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1], *readable]
+    places = tuple(dict.fromkeys(str(path.absolute()) for path in prefixes if path != Path("/")))
+    as_root = os.geteuid() == 0
+    reasons: list[str] = []
+    for kind in kinds:
+        if kind == "bubblewrap" and as_root:  # root needs no help to get namespaces
+            continue
+        if kind == "limits" and as_root and not unsafe:
+            raise BadInput(
+                "as root, generated code is run in isolation only, and there is none here: " + "; ".join(reasons),
+                "run edgetool as an ordinary user, or in a container that allows namespaces "
+                "(docker run --security-opt seccomp=unconfined), or take the risk: --unsafe-exec",
+            )
+        for change_user in (True, False) if as_root and kind == "limits" else (as_root,):
+            sandbox = Sandbox(kind, places, limits or Limits(), change_user=change_user)
+            reason = _try(sandbox, trial)
+            if reason is None:
+                return replace(sandbox, warnings=_warnings(sandbox, reasons))
+            reasons.append(f"{kind}: {reason}")
+    raise BackendFailed("generated code cannot be run here: " + "; ".join(reasons))
+
+
+def _try(sandbox: Sandbox, trial: Path) -> str | None:
+    """Why the trial did not go well, or None."""
+    try:
+        outcome = sandbox.run(trial)
+    except BackendFailed as error:
+        return error.message.partition(": ")[2] or error.message
+    if outcome.returncode == 0:
+        return None
+    last = outcome.errors.strip().rpartition("\n")[2]
+    return f"the trial ended with {outcome.returncode or outcome.ended_by}" + (f" ({last})" if last else "")
+
+
+def _warnings(sandbox: Sandbox, reasons: Sequence[str]) -> tuple[str, ...]:
+    if sandbox.kind in ("namespaces", "bubblewrap"):
+        return ()
+    why = "; ".join(reasons)
+    if sandbox.kind == "landlock":
+        if kernel.landlock_version() >= 6:
+            return ()
+        return (f"generated code can send signals to your other processes (no namespaces here: {why})",)
+    network = "" if kernel.can_filter() else ", has the network"
+    who = "root" if os.geteuid() == 0 and not sandbox.change_user else "this user"
+    return (f"generated code runs with limits but without isolation: it reads what {who} may read{network} ({why})",)
+
+
+def _threads_of(uid: int) -> int:
+    count = 0
+    for directory in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if directory.name.isdigit() and directory.stat().st_uid == uid:
+                count += len(os.listdir(directory / "task"))
+    return count
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory whatever its modes were made."""
+    for place, _, _ in os.walk(directory, topdown=True):
+        with contextlib.suppress(OSError):
+            os.chmod(place, 0o700)
+    shutil.rmtree(directory, ignore_errors=True)
