@@ -18,14 +18,14 @@ RESULTS_NAME = "results.json"
 
 
 def write_results(path: Path, found: Mapping[str, Any]) -> None:
-    """Write a `results.document`: readable, and each list of the outcomes on one line. NaN and infinity are null."""
+    """Write a `results.document`: readable, and each list of the outcomes on one line."""
     head = {"schema": SCHEMA, "ok": True, **{key: value for key, value in found.items() if key != "outcomes"}}
     lines = []
     for task, outcome in found["outcomes"].items():
         parts = ",\n".join(f"      {json.dumps(name)}: {_compact(values)}" for name, values in outcome.items())
         lines.append(f"    {json.dumps(task)}: {{\n{parts}\n    }}")
     outcomes = "{\n" + ",\n".join(lines) + "\n  }"
-    text = json.dumps(_finite(head), indent=2, allow_nan=False, default=str)
+    text = json.dumps(head, indent=2, allow_nan=False, default=str)
     atomic_write(path, f'{text.rstrip().removesuffix("}").rstrip()},\n  "outcomes": {outcomes}\n}}\n'.encode())
 
 
@@ -156,14 +156,4 @@ def _brief(value: Any) -> str:
 
 
 def _compact(values: Any) -> str:
-    return json.dumps(_finite(values), allow_nan=False, separators=(",", ":"))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return json.dumps(values, allow_nan=False, separators=(",", ":"))

@@ -186,7 +186,7 @@ def judge_scores(clause: Clause, task: str, pairs: Pairs) -> Verdict:
     found = pairs.difference_interval(clause.confidence) if clause.confidence else None
     interval = Interval(-found.high, -found.low) if found else None
     bound = interval.high if interval else drop
-    measured = f"drop {100 * drop:.2f} pt{_within(interval, clause, 100, '.2f', ' pt')}"
+    measured = f"drop {100 * drop:z.2f} pt{_within(interval, clause, 100, 'z.2f', ' pt')}"
     said = f"{measured}, at most {100 * clause.limit:g} pt asked"
     return _verdict(clause, task, bound <= clause.limit + ROUNDING, said)
 

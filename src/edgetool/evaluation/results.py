@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ def document(
     seed: int,
 ) -> dict[str, Any]:
     """The whole document without what a command adds (schema, ok); `outcomes` last, for a later comparison.
+    What is no finite number is None, as in JSON.
 
     profile: has "hash". model, against: facts of the two, "model" is the name. With `gate`, tasks and perplexity need
     both sides. Raises BadInput where the two did not answer the same questions.
@@ -64,7 +66,7 @@ def document(
         entries[PERPLEXITY] = _perplexity_entry(perplexity, both)
         outcomes[PERPLEXITY] = _window_outcomes(perplexity)
     early = {name: one.stopped.verdicts for name, one in tasks.items() if one.stopped}
-    return {
+    found = {
         "profile": dict(profile),
         "model": dict(model),
         "against": None if against is None else dict(against),
@@ -73,6 +75,7 @@ def document(
         "seconds": seconds,
         "outcomes": outcomes,
     }
+    return {key: _finite(value) for key, value in found.items()}
 
 
 def shown(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +209,7 @@ def _perplexity_entry(measured: MeasuredPerplexity, both: PerplexityPair | None)
         "prefix": model.prefix,
         "text_sha256": model.text_sha256,
         "sides": sides,
+        **({} if math.isfinite(model.nll) else {"note": "the model's outputs are not numbers"}),
     }
 
 
@@ -254,3 +258,13 @@ def _check_means(scores: TaskScores, mean: float) -> None:
 
 def _bounds(interval: Interval | None) -> list[float] | None:
     return None if interval is None else [interval.low, interval.high]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

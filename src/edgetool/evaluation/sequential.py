@@ -152,7 +152,7 @@ def _reason(
     of = "of the whole run" if clause.confidence is None else "in general"
     return (
         f"{task}: {asked} {'holds' if passed else 'does not hold'} {of}, wrong in at most {100 * error:g} % of cases "
-        f"(drop {drop:.2f} pt after {len(original)} of {population} questions)"
+        f"(drop {drop:z.2f} pt after {len(original)} of {population} questions)"
     )
 
 
