@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.artifacts import disk_errors
-from edgetool.errors import BadInput, EdgetoolError, MissingDependency, ResourceUnavailable
+from edgetool.errors import BadInput, MissingDependency, ResourceUnavailable
 from edgetool.evaluation.data import TaskData, local_dataset
 from edgetool.evaluation.data_rows import DATASETS
 from edgetool.evaluation.tasks import EvalTask
@@ -95,11 +97,18 @@ class StockTask:
 
 
 def load(
-    data: TaskData, cache_dir: Path, *, num_fewshot: int | None = None, seed: int = 1234, token: str | None = None
+    data: TaskData,
+    cache_dir: Path,
+    *,
+    num_fewshot: int | None = None,
+    seed: int = 1234,
+    token: str | None = None,
+    offline: bool = False,
 ) -> StockTask:
     """Load the stock task and its questions: those of `data`, or the hub's where it has none.
 
     `num_fewshot` replaces the task's number of examples before a question; `seed` draws them (upstream's --seed).
+    `token`, `offline`: for the hub, the user's token, and whether only its cache on this machine may be used.
     Raises MissingDependency without lm-eval, BadInput or ResourceUnavailable where the hub does not give questions.
     """
     task = data.task
@@ -110,7 +119,8 @@ def load(
         if data.splits:
             loaded = _load_local(data, cache_dir, manager_class, directory)
         else:
-            loaded = _load_from_hub(task, manager_class(include_defaults=False, include_path=str(directory)), token)
+            manager = manager_class(include_defaults=False, include_path=str(directory))
+            loaded = _load_from_hub(task, manager, token, offline)
         leaves = dict(loaded["tasks"])
         for leaf in leaves.values():
             if num_fewshot is not None:
@@ -124,7 +134,7 @@ def load(
 def quiet() -> Iterator[None]:
     """No bars and no log of upstream's: the progress of a run is shown by the run itself."""
     try:
-        from tqdm import std
+        from tqdm import std  # type: ignore[import-untyped]
     except ImportError as error:
         raise _no_lm_eval() from error
     before = std.tqdm.__init__
@@ -170,8 +180,8 @@ def _load_local(data: TaskData, cache_dir: Path, manager_class: Any, directory: 
     """
     task = data.task
     arrow = cache_dir / "eval" / "arrow"
+    place = local_dataset(data, cache_dir)
     with disk_errors(arrow), tempfile.TemporaryDirectory() as scratch:
-        place = local_dataset(data, cache_dir)
         member = {
             "group" if task.is_group else "task": task.upstream,
             "dataset_path": str(place.resolve()),
@@ -183,42 +193,52 @@ def _load_local(data: TaskData, cache_dir: Path, manager_class: Any, directory: 
         return manager.load([_OURS])
 
 
-def _load_from_hub(task: EvalTask, manager: Any, token: str | None) -> Any:
+def _load_from_hub(task: EvalTask, manager: Any, token: str | None, offline: bool) -> Any:
     hub = DATASETS[task.dataset].hub
     gated = DATASETS[task.dataset].gated
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
-        import httpx
-        from datasets.exceptions import DatasetNotFoundError
-    except ImportError as error:
-        raise _no_lm_eval() from error
-    try:
-        with _hub_token(token):
+        with _hub(token, offline):
             return manager.load([task.upstream])
-    except EdgetoolError:
-        raise
     except DatasetNotFoundError as error:
         reason = "it is gated, and this user may not read it" if gated else str(error).splitlines()[0]
         raise BadInput(f"{task.name}: {hub} cannot be had: {reason}", gated or "give files with --data-dir") from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except _connection_errors() as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ResourceUnavailable(
-            f"{task.name}: {hub} cannot be had from the hub: {reason}",
+            f"{task.name}: {hub} cannot be had from the hub{' cache (offline)' if offline else ''}: {reason}",
             "check the network and HF_ENDPOINT, or give files with --data-dir (docs/eval.md)",
         ) from error
 
 
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library lets through; it has changed from httpx to httpx2."""
+    clients = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
+    return (OSError, ValueError, *(importlib.import_module(name).HTTPError for name in clients))
+
+
 @contextmanager
-def _hub_token(token: str | None) -> Iterator[None]:
-    before = os.environ.get("HF_TOKEN")
+def _hub(token: str | None, offline: bool) -> Iterator[None]:
+    """The user's token and wish for no network, in the only places where the `datasets` library looks for them."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    modules = (datasets.config, huggingface_hub.constants)
+    before = os.environ.get("HF_TOKEN"), [module.HF_HUB_OFFLINE for module in modules]
     if token is not None:
         os.environ["HF_TOKEN"] = token
+    for module in modules:
+        module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or offline
     try:
         yield
     finally:
+        for module, value in zip(modules, before[1], strict=True):
+            module.HF_HUB_OFFLINE = value
         if token is not None:
-            os.environ.pop("HF_TOKEN")
-            if before is not None:
-                os.environ["HF_TOKEN"] = before
+            os.environ.pop("HF_TOKEN", None)
+            if before[0] is not None:
+                os.environ["HF_TOKEN"] = before[0]
 
 
 def _config(leaf: Any) -> dict[str, Any]:
