@@ -134,7 +134,7 @@ def load(
 def quiet() -> Iterator[None]:
     """No bars and no log of upstream's: the progress of a run is shown by the run itself."""
     try:
-        from tqdm import std  # type: ignore[import-untyped]
+        from tqdm import std
     except ImportError as error:
         raise _no_lm_eval() from error
     before = std.tqdm.__init__
