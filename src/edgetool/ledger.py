@@ -88,7 +88,7 @@ def count_records(path: Path, key: str) -> int:
 
 def refuse_difference(directory: Path, known: Any, now: dict[str, Any]) -> None:
     """Raise BadInput if `now` says otherwise than what the unfinished run in `directory` is known to be."""
-    found = first_difference(known, now)
+    found = _difference("", known, now)
     if found is not None:
         name, before, after = found
         raise BadInput(
@@ -97,12 +97,12 @@ def refuse_difference(directory: Path, known: Any, now: dict[str, Any]) -> None:
         )
 
 
-def first_difference(known: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first thing that differs between two nested mappings; None where none does."""
+def _difference(prefix: str, known: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first thing that differs."""
     if not isinstance(known, dict) or not isinstance(now, dict):
         return None if known == now else (prefix, known, now)
     for key in [*now, *(key for key in known if key not in now)]:
-        found = first_difference(known.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        found = _difference(f"{prefix}.{key}" if prefix else key, known.get(key), now.get(key))
         if found is not None:
             return found
     return None

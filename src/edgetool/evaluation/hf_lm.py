@@ -10,10 +10,9 @@ from lm_eval.models.huggingface import HFLM
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.evaluation.loaded import LoadedModel, skeleton
+from edgetool.evaluation.targets import CPU_BATCH_SIZE
 from edgetool.models.devices import out_of_memory_named
 from edgetool.models.streamed import load_tokenizer
-
-CPU_BATCH_SIZE = 8
 
 
 class LazyHFLM(HFLM):  # type: ignore[misc]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from edgetool.evaluation.loaded import LoadedModel
 
+CPU_BATCH_SIZE = 8
+"""What --batch-size auto is on a CPU: upstream's own search for the largest would be ended by the kernel there."""
 _OVERHEAD_BYTES = 1 << 30
 _LOGIT_COPIES = 3
 """Logits in float32, their logarithms, and what a gather of them takes."""
@@ -95,12 +97,9 @@ class InProcess:
         if asking.chat_template:
             need_template(checkpoint)
 
-    def needed_bytes(self, batch_size: int, context_tokens: int) -> int:
-        """Memory for the weights and for the logits of one batch, about."""
-        weights = sizes(self.checkpoint, look(self.checkpoint), DTYPE_BYTES[str(self.identity["dtype"])]).weights_bytes
-        vocabulary = int(text_config(self.checkpoint.config).get("vocab_size") or 0)
-        tokens = max(batch_size * _TYPICAL_TOKENS, context_tokens)
-        return weights + tokens * vocabulary * 4 * _LOGIT_COPIES + _OVERHEAD_BYTES
+    def needed_bytes(self, context_tokens: int) -> int:
+        """Memory for the weights and for the logits of one batch or window, about."""
+        return needed_bytes(self.checkpoint, str(self.identity["dtype"]), self._asking.batch_size, context_tokens)
 
     def free_bytes(self) -> int:
         """Memory that its device has free now."""
@@ -110,9 +109,9 @@ class InProcess:
 
         return int(torch.cuda.mem_get_info(self._device)[0])
 
-    def check_memory(self, batch_size: int, context_tokens: int) -> None:
+    def check_memory(self, context_tokens: int) -> None:
         """Raise ResourceUnavailable where the model does not fit."""
-        needed, free = self.needed_bytes(batch_size, context_tokens), self.free_bytes()
+        needed, free = self.needed_bytes(context_tokens), self.free_bytes()
         if self._loaded is None and needed > free:
             raise ResourceUnavailable(
                 f"{self.title} needs about {size(needed)} in memory ({self.identity['dtype']}, with the logits of a "
@@ -223,6 +222,15 @@ class Remote:
 
     def facts(self) -> dict[str, Any]:
         return {"model": self.title, **self.identity}
+
+
+def needed_bytes(checkpoint: Checkpoint, dtype: str, batch_size: int | str, context_tokens: int) -> int:
+    """Memory that a checkpoint takes in-process, about: weights in `dtype`, logits of a batch or a window, the rest."""
+    weights = sizes(checkpoint, look(checkpoint), DTYPE_BYTES[dtype]).weights_bytes
+    vocabulary = int(text_config(checkpoint.config).get("vocab_size") or 0)
+    batch = batch_size if isinstance(batch_size, int) else CPU_BATCH_SIZE
+    tokens = max(batch * _TYPICAL_TOKENS, context_tokens)
+    return weights + tokens * vocabulary * 4 * _LOGIT_COPIES + _OVERHEAD_BYTES
 
 
 def need_template(checkpoint: Checkpoint) -> None:
