@@ -9,9 +9,9 @@ from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import Config
 from edgetool.errors import ResourceUnavailable
 from edgetool.evaluation.endpoint import connect
-from edgetool.evaluation.plan import check_data, check_usage, stride_of
+from edgetool.evaluation.plan import check_usage
+from edgetool.evaluation.questions import find_questions
 from edgetool.evaluation.targets import need_template, needed_bytes
-from edgetool.evaluation.tasks import EvalTask
 from edgetool.models.devices import fast_dtype, resolve_device
 from edgetool.progress import Progress
 from edgetool.progress_lines import size
@@ -23,17 +23,16 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
     """The plan as a document. Raises any EdgetoolError that the run itself would meet before its first question."""
     settings = config.eval
     tasks, _ = check_usage(settings)
-    data, notes = check_data(config, tasks)
+    questions = find_questions(config, tasks)
     rows = []
     for task in tasks:
-        found = data.get(task.name)
         rows.append(
             {
                 "task": task.name,
                 "framework": task.framework,
-                "questions": found.questions(settings.limit) if found else None,
+                "questions": questions.count(task, settings.limit),
                 "metric": task.metric,
-                "data": _source(task, found.source if found else None, config),
+                "data": questions.source(task, settings),
             }
         )
     return {
@@ -45,16 +44,8 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
         "chat_template": settings.chat_template,
         "seed": settings.seed,
         "gate": settings.gate,
-        "notes": list(notes),
+        "notes": list(questions.notes),
     }
-
-
-def _source(task: EvalTask, source: str | None, config: Config) -> str | None:
-    settings = config.eval
-    if task.kind == "perplexity":
-        name = str(settings.text) if settings.text else "default text"
-        return f"{name}, windows of {settings.context} tokens every {stride_of(settings)}"
-    return source
 
 
 def _sides(config: Config, progress: Progress) -> list[dict[str, Any]]:

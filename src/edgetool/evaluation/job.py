@@ -51,7 +51,7 @@ def run_eval(config: Config, progress: Progress) -> dict[str, Any]:
         out.check()  # before a model is fetched for nothing
     with stop_requests() as stop:
         plan = make_plan(config, stop.is_set, progress)
-        for note in plan.notes:
+        for note in (*plan.questions.notes, *(plan.sandbox.warnings if plan.sandbox else ())):
             progress.warn(note)
         identity = _identity(config, plan)
         finished = None if settings.overwrite else _finished(out.output, identity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from typing import Any
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.config import Config
-from edgetool.errors import BadInput, Stopped
+from edgetool.errors import Stopped
 from edgetool.evaluation import sequential
 from edgetool.evaluation.answers import Answers
-from edgetool.evaluation.plan import CACHE, ORIGINAL, QUANTIZED, Plan, Side, stride_of, target_id
+from edgetool.evaluation.plan import CACHE, ORIGINAL, QUANTIZED, Plan, Side, target_id
+from edgetool.evaluation.questions import stride_of
 from edgetool.evaluation.records import Divergence, PerplexityScores, TaskScores
 from edgetool.evaluation.results import Measured, MeasuredPerplexity
 from edgetool.evaluation.targets import InProcess
@@ -101,7 +103,21 @@ class Measuring:
                 stop=self._stop,
                 log=self._log(side, task),
             )
-        raise BadInput(f"{task.name} cannot be measured yet")
+        from edgetool.evaluation import code_tasks
+
+        assert self._plan.sandbox is not None
+        return code_tasks.measure(
+            self._plan.questions.code[task.name],
+            side.target,
+            self._plan.sandbox,
+            self._ledger(side),
+            self._progress,
+            limit=self._settings.limit,
+            chat_template=self._settings.chat_template,
+            concurrency=self._settings.concurrency,
+            stop=self._stop,
+            log=self._log(side, task),
+        )
 
     def _log(self, side: Side, task: EvalTask) -> Path | None:
         if not self._settings.log_samples:
@@ -151,8 +167,8 @@ class Measuring:
         from edgetool.evaluation.perplexity import measure
         from edgetool.evaluation.windows import cut
 
-        settings, text, target = self._settings, self._plan.text, side.target
-        assert text is not None
+        settings, target = self._settings, side.target
+        text = self._text()
         title = f"{target.title}: perplexity"
         if not isinstance(target, InProcess):
             self.found.perplexity[side.name] = self._perplexity_of_server(side, text, title)
@@ -178,9 +194,9 @@ class Measuring:
         from edgetool.evaluation.perplexity import Against, divergence_known
         from edgetool.evaluation.windows import cut
 
-        settings, text = self._settings, self._plan.text
+        settings, text = self._settings, self._text()
         original = side if side.name == ORIGINAL else other
-        assert isinstance(original.target, InProcess) and text is not None
+        assert isinstance(original.target, InProcess)
         tokenizer = other.target.language_model().tokenizer
         if cut(text, tokenizer, settings.context, stride_of(settings), settings.limit).windows != pieces.windows:
             return None, None  # of other tokens there is nothing to compare
@@ -205,17 +221,21 @@ class Measuring:
         client = side.target.client()
         assert client is not None
         return measure_text(
-            client.scored, text, self._plan.profile.content["tasks"]["perplexity"]["text_sha256"], settings.context,
+            client.scored, text, hashlib.sha256(text.encode()).hexdigest(), settings.context,
             settings.limit, ledger, self._progress, title,
             concurrency=settings.concurrency, heed_stop=self._heed_stop,
         )  # fmt: skip
+
+    def _text(self) -> str:
+        assert self._plan.questions.text is not None
+        return self._plan.questions.text.content
 
     def _make_room(self, side: Side) -> None:
         """Where both models do not fit into memory together, let the other go before this one comes."""
         target = side.target
         if not isinstance(target, InProcess):
             return
-        context = self._settings.context if self._plan.text is not None else 0
+        context = self._settings.context if self._plan.questions.text is not None else 0
         for other in self._plan.sides:
             if other is not side and target.needed_bytes(context) > target.free_bytes():
                 other.target.release()

@@ -7,8 +7,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgetool.checkpoints.checkpoint import Checkpoint
@@ -16,14 +15,15 @@ from edgetool.checkpoints.sources import ResolvedSource, resolve_configured
 from edgetool.config import Config, EvalConfig
 from edgetool.errors import BadInput, ConfigError, MissingDependency, UsageError
 from edgetool.evaluation import served
-from edgetool.evaluation.data import TaskData, examine, refuse
+from edgetool.evaluation.code_tasks import open_code_sandbox
 from edgetool.evaluation.endpoint import connect
 from edgetool.evaluation.gate import Gate, parse_gate
 from edgetool.evaluation.identity import identity_of
 from edgetool.evaluation.profile import Profile
+from edgetool.evaluation.questions import Questions, find_questions, load_stock
+from edgetool.evaluation.sandbox import Sandbox
 from edgetool.evaluation.targets import Asking, InProcess, Remote, Target, need_template
 from edgetool.evaluation.tasks import EvalTask, find_tasks
-from edgetool.evaluation.windows import read_text
 from edgetool.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 ORIGINAL, QUANTIZED = "original", "quantized"
 CACHE = "eval"
 """Directory in edgetool's cache for answers, hashes and data."""
-
-_OWN_TEXT = Path(__file__).parent.parent / "data" / "held_out.txt"
-_USUAL_TEXT = Path("text") / "wikitext-2-raw.test.txt"
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,12 @@ class Plan:
 
     tasks: tuple[EvalTask, ...]
     sides: tuple[Side, ...]
-    data: dict[str, TaskData]
+    questions: Questions
     stock: dict[str, StockTask]
-    text: str | None
     profile: Profile
     gate: Gate | None
-    notes: tuple[str, ...] = field(default=())
+    sandbox: Sandbox | None
+    """Where generated code runs; None where no task has any."""
 
     def side(self, name: str) -> Side | None:
         """The side of this name, None where it is not measured."""
@@ -81,14 +78,11 @@ def check_usage(settings: EvalConfig) -> tuple[tuple[EvalTask, ...], Gate | None
             raise ConfigError(f"gate {gate.expression!r} compares with the original", "add --against ORIGINAL")
         gate.check([task.name for task in tasks])
     scoring = [task.name for task in tasks if task.kind in ("loglikelihood", "perplexity")]
-    by_server = settings.via is not None or (settings.endpoint is not None and settings.model is None)
     if scoring and settings.chat_template and settings.endpoint is not None and settings.model is None:
         raise ConfigError(
             f"{scoring[0]} scores given answers, which no server does within a chat template of its own",
             "give MODEL, whose tokenizer has the template, or leave --chat-template out",
         )
-    if by_server and "rouge" not in settings.tasks and settings.sequential and settings.concurrency < 1:
-        raise ConfigError("concurrency must be at least 1")
     return tasks, gate
 
 
@@ -97,26 +91,12 @@ def make_plan(config: Config, stopped: Callable[[], bool], progress: Progress) -
     settings = config.eval
     tasks, gate = check_usage(settings)
     _need_packages(tasks, settings)
-    data, notes = check_data(config, tasks)
-    text = _text(settings) if any(task.kind == "perplexity" for task in tasks) else None
+    questions = find_questions(config, tasks)
+    sandbox = open_code_sandbox(unsafe=settings.unsafe_exec) if questions.code else None
     sides = _sides(config, tasks, stopped, progress)
-    stock = _stock(config, data, progress)
-    profile = Profile(_profile(settings, tasks, stock, sides, text, data))
-    return Plan(tasks, sides, data, stock, text and text[1], profile, gate, notes)
-
-
-def check_data(config: Config, tasks: tuple[EvalTask, ...]) -> tuple[dict[str, TaskData], tuple[str, ...]]:
-    """The questions of all tasks, and what is to be said about them. Raises BadInput with all that is missing."""
-    settings = config.eval
-    data, problems = examine(
-        tasks,
-        settings.data_dir,
-        num_fewshot=settings.num_fewshot,
-        token=config.common.token(),
-        offline=config.common.offline,
-    )
-    refuse(problems)
-    return data, tuple(note for one in data.values() for note in one.notes)
+    stock = load_stock(config, questions, progress)
+    profile = Profile(_profile(settings, tasks, questions, stock, sides))
+    return Plan(tasks, sides, questions, stock, profile, gate, sandbox)
 
 
 def _need_packages(tasks: tuple[EvalTask, ...], settings: EvalConfig) -> None:
@@ -128,32 +108,6 @@ def _need_packages(tasks: tuple[EvalTask, ...], settings: EvalConfig) -> None:
     for name in names:  # found, not imported: that would cost seconds
         if importlib.util.find_spec(name) is None:
             raise MissingDependency(f"eval needs {name}, which is not installed", "pip install 'edgetool[eval]'")
-
-
-def _text(settings: EvalConfig) -> tuple[str, str]:
-    """Name and content of the text for perplexity."""
-    if settings.text is not None:
-        return settings.text.name, read_text(settings.text)
-    usual = None if settings.data_dir is None else settings.data_dir / _USUAL_TEXT
-    path = usual if usual is not None and usual.is_file() else _OWN_TEXT
-    return path.name, read_text(path)
-
-
-def _stock(config: Config, data: dict[str, TaskData], progress: Progress) -> dict[str, StockTask]:
-    wanted = [one for one in data.values() if one.task.framework == "lm-eval"]
-    if not wanted:
-        return {}
-    from edgetool.evaluation.stock_tasks import load
-
-    settings, common = config.eval, config.common
-    found = {}
-    with progress.task("load tasks", len(wanted), "task") as task:
-        for one in wanted:
-            found[one.task.name] = load(
-                one, common.cache_dir, num_fewshot=settings.num_fewshot, seed=settings.seed, token=common.token()
-            )
-            task.advance(note=one.task.name)
-    return found
 
 
 def _sides(
@@ -279,29 +233,15 @@ def _template(target: Target) -> str | None:
 def _profile(
     settings: EvalConfig,
     tasks: tuple[EvalTask, ...],
+    questions: Questions,
     stock: dict[str, StockTask],
     sides: tuple[Side, ...],
-    text: tuple[str, str] | None,
-    data: dict[str, TaskData],
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for task in tasks:
-        if task.name in stock:
-            facts[task.name] = stock[task.name].facts(settings.limit)
-        elif task.kind == "perplexity":
-            assert text is not None
-            facts[task.name] = {
-                "framework": "edgetool",
-                "text": text[0],
-                "text_sha256": hashlib.sha256(text[1].encode()).hexdigest(),
-                "context": settings.context,
-                "stride": stride_of(settings),
-            }
     template = (
         next((found for side in sides if (found := _template(side.target))), None) if settings.chat_template else None
     )
     return {
-        "tasks": facts,
+        "tasks": {task.name: questions.facts(task, settings, stock) for task in tasks},
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else settings.chat_template,
@@ -310,11 +250,6 @@ def _profile(
         "dtype": next((side.target.identity["dtype"] for side in sides if "dtype" in side.target.identity), None),
         "max_length": settings.max_length,
     }
-
-
-def stride_of(settings: EvalConfig) -> int:
-    """Tokens between two windows of perplexity."""
-    return settings.stride or max(1, settings.context // 2)
 
 
 def target_id(target: Target) -> str:
