@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from edgetool.evaluation.results import Measured, MeasuredPerplexity, document
 from tests.fakes.evaluated import PROFILE, both, both_perplexities, perplexity, subjects, task
 
 
-def written(path: Path, tasks: dict[str, Measured], ppl: MeasuredPerplexity | None = None, **profile: Any) -> Path:
+def written(path: Path, tasks: dict[str, Measured], ppl: MeasuredPerplexity | None = None, changed: Any = ()) -> Path:
     """A finished run of MODEL alone."""
     alone = {name: Measured(one.quantized) for name, one in tasks.items()}
     facts = {"model": path.name}
     path.mkdir()
-    found = document({**PROFILE, **profile}, facts, None, alone, ppl and MeasuredPerplexity(ppl.quantized), None, 1, 7)
+    found = document(PROFILE | dict(changed), facts, None, alone, ppl and MeasuredPerplexity(ppl.quantized), None, 1, 7)
     write_results(path / "results.json", found)
     return path
 
@@ -35,9 +36,8 @@ def test_two_runs_of_one_model_each_compare_as_one_run_of_both(tmp_path: Path) -
     tasks = {"arc_easy": both(), "mmlu": subjects()}
     ppl = both_perplexities()
     assert ppl.original is not None
-    first = written(
-        tmp_path / "demo", {name: swapped(one) for name, one in tasks.items()}, MeasuredPerplexity(ppl.original)
-    )
+    originals = {name: swapped(one) for name, one in tasks.items()}
+    first = written(tmp_path / "demo", originals, MeasuredPerplexity(ppl.original))
     second = written(tmp_path / "out", tasks, ppl)
     found = compare(first / "results.json", second, "drop<=5pt", 7)
     together = document(
@@ -52,14 +52,10 @@ def test_two_runs_of_one_model_each_compare_as_one_run_of_both(tmp_path: Path) -
 
 
 def test_of_a_run_of_two_models_the_measured_one_is_compared(tmp_path: Path) -> None:
-    second = document(
-        PROFILE, {"model": "b"}, {"model": "demo"}, {"arc_easy": both(lost=9)}, both_perplexities(0.1), None, 1, 7
-    )
-    write_results(tmp_path / "b.json", second)
-    first = document(
-        PROFILE, {"model": "a"}, {"model": "demo"}, {"arc_easy": both(lost=6)}, both_perplexities(), None, 1, 7
-    )
-    write_results(tmp_path / "a.json", first)
+    for name, lost, change in (("a", 6, 0.05), ("b", 9, 0.1)):
+        tasks, ppl = {"arc_easy": both(lost=lost)}, both_perplexities(change)
+        run = document(PROFILE, {"model": name}, {"model": "demo"}, tasks, ppl, None, 1, 7)
+        write_results(tmp_path / f"{name}.json", run)
     found = compare(tmp_path / "a.json", tmp_path / "b.json", None, 7)
     assert found["against"] == {"model": "a"} and found["tasks"]["arc_easy"]["flips"] == {"lost": 3, "gained": 0}
     assert found["tasks"]["perplexity"]["ratio"] == pytest.approx(math.exp(0.05 * 1.035))
@@ -79,8 +75,6 @@ def test_a_document_is_read_as_it_was_written_with_long_lists_on_a_line(tmp_path
 
 
 def test_an_infinite_loss_comes_back(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     fine = perplexity(2.0)
     broken = replace(fine, windows=(replace(fine.windows[0], nll=math.inf), *fine.windows[1:]))
     first = written(tmp_path / "a", {}, MeasuredPerplexity(fine))
@@ -103,7 +97,7 @@ def test_runs_that_asked_otherwise_are_not_compared_and_the_first_difference_is_
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     first = written(tmp_path / "a", {"arc_easy": both()})
-    second = written(tmp_path / "b", {"arc_easy": both()}, **change)
+    second = written(tmp_path / "b", {"arc_easy": both()}, changed=change)
     with pytest.raises(BadInput, match=words):
         compare(first, second, None, 7)
 
