@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -44,11 +45,13 @@ def measure(
     stop: once set, Stopped is raised after the batch at hand. log: file of JSON lines to write, one for each sample and
     each of upstream's filters, with prompt and answer.
 
-    Raises BadInput where a chat template is asked for and the model has none.
+    Raises BadInput where a chat template is asked for and the model has none, or where it can take fewer tokens than
+    the task generates.
     """
     from lm_eval import evaluate
 
     _check_template(lm, title, chat_template)
+    _check_length(lm, title, stock)
     asked = Remembering(lm, answers, progress, f"{title}: {stock.task.name}", stop)
     questions = {(question.subtask, question.index): question for question in only or stock.questions(limit)}
     leaves, samples = dict(stock.leaves), None
@@ -82,6 +85,19 @@ def _check_template(lm: Any, title: str, wanted: bool) -> None:
     tokenizer = getattr(lm, "tokenizer", None)
     if wanted and tokenizer is not None and getattr(tokenizer, "chat_template", "unknown") is None:
         raise BadInput(f"{title} has no chat template, and one is asked for", "leave --chat-template out")
+
+
+def _check_length(lm: Any, title: str, stock: StockTask) -> None:
+    longest = getattr(lm, "max_length", None)
+    if stock.task.kind != "generation" or not isinstance(longest, int):
+        return
+    for leaf in stock.leaves.values():
+        wanted = int((leaf.config.generation_kwargs or {}).get("max_gen_toks") or getattr(lm, "max_gen_toks", 0))
+        if wanted >= longest:
+            raise BadInput(
+                f"{stock.task.name} generates up to {wanted} tokens, and {title} takes {longest} with the question",
+                "raise --max-length, or leave this task out",
+            )
 
 
 def _by_subtask(questions: Sequence[Question]) -> dict[str, list[int]]:
@@ -180,7 +196,7 @@ class _Warnings(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind = str(record.msg)[:40]
+        kind = re.sub(r"\d+", "#", record.getMessage())[:60]  # the same warning with other lengths
         if kind not in self._said:
             self._said.add(kind)
             self._progress.warn(f"lm-eval: {' '.join(record.getMessage().split())[:300]}")

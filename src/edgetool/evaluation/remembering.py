@@ -22,7 +22,8 @@ class Remembering:
 
     What they do not know goes to `inner` in one call, so that it forms batches as it does for upstream's own command
     line: a run without known answers computes the very same numbers. Each answer is kept when `inner` reports it to its
-    cache hook, batch by batch, and not when the call ends.
+    cache hook, batch by batch, and not when the call ends. Upstream sorts before it cuts batches, so what a stopped run
+    has left falls into the batches that it would have had; what was answered under another --limit does not.
 
     Requests are known by what is asked (text, continuation, generation settings), not by task or position. What else
     decides an answer (weights, dtype, batch size, longest context) has to be in the name of the file of `answers`.

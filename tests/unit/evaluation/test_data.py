@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from edgetool.errors import BadInput
@@ -185,19 +187,41 @@ def test_examples_come_from_a_split_of_their_own_or_not_at_all(directory: Path) 
 def test_the_same_rows_are_written_once_and_other_rows_elsewhere(directory: Path, tmp_path: Path) -> None:
     first = local_dataset(looked_at(directory, "boolq")[0]["boolq"], tmp_path / "cache")
     assert local_dataset(looked_at(directory, "boolq")[0]["boolq"], tmp_path / "cache") == first
-    kept = [json.loads(line) for line in (first / "boolq.validation.jsonl").read_text().splitlines()]
     # boolq's own files say true or false, the stock task wants a number
-    assert [row["label"] for row in kept] == [0, 0, 0, 1, 1]
+    assert pyarrow.parquet.read_table(first / "boolq.validation.parquet")["label"].to_pylist() == [0, 0, 0, 1, 1]
     rows.write_rows(directory / "boolq" / "validation.jsonl", [{**row, "answer": True} for row in rows.boolq()])
     other = local_dataset(looked_at(directory, "boolq")[0]["boolq"], tmp_path / "cache")
     assert other != first
     assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, other.name])
 
 
-def test_a_dataset_that_a_crash_has_torn_is_written_again(directory: Path, tmp_path: Path) -> None:
+def test_texts_stay_texts_whatever_they_look_like(tmp_path: Path) -> None:
+    texts = ["2020-01-01", "2021-02-02T10:00:00Z", "12:30", "7"]
+    written = [{**row, "choices": {"text": texts, "label": list("ABCD")}} for row in rows.lettered()]
+    rows.write_rows(tmp_path / "data" / "arc_easy" / "test.jsonl", written)
+    place = local_dataset(looked_at(tmp_path / "data", "arc_easy")[0]["arc_easy"], tmp_path / "cache")
+    kept = pyarrow.parquet.read_table(place / "ARC-Easy.test.parquet").to_pylist()
+    assert kept == written
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 1000, b"PAR1 and then nothing"])
+def test_a_dataset_that_a_crash_has_torn_is_written_again(directory: Path, tmp_path: Path, damage: bytes) -> None:
     data = looked_at(directory, "boolq")[0]["boolq"]
     place = local_dataset(data, tmp_path / "cache")
-    whole = (place / "boolq.validation.jsonl").read_bytes()
-    (place / "boolq.validation.jsonl").write_bytes(whole[:10])
+    whole = (place / "boolq.validation.parquet").read_bytes()
+    (place / "boolq.validation.parquet").write_bytes(damage)
     assert local_dataset(data, tmp_path / "cache") == place
-    assert (place / "boolq.validation.jsonl").read_bytes() == whole
+    assert (place / "boolq.validation.parquet").read_bytes() == whole
+
+
+def test_a_data_directory_that_is_a_file_or_holds_directories_for_files_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "there is no data directory" in one_problem(tmp_path / "file", "arc_easy")
+    (tmp_path / "data" / "arc_easy" / "test.jsonl").mkdir(parents=True)
+    assert "there is no" in one_problem(tmp_path / "data", "arc_easy")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_said(directory: Path) -> None:
+    (directory / "boolq" / "validation.jsonl").chmod(0)
+    assert "cannot be read: Permission denied" in one_problem(directory, "boolq")

@@ -300,7 +300,27 @@ def test_a_broken_model_is_told_from_a_bad_one(stock: Loading, lm: Any, answers:
     ]
 
 
-def test_a_stop_request_ends_a_real_model_between_two_batches(stock: Loading, lm: Any, answers: Answers) -> None:
+def test_a_model_with_a_short_context_is_refused_where_it_must_be_and_what_is_cut_is_said_once(
+    stock: Loading, lm: Any, places: tuple[Path, Path, Path], answers: Answers
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    def short(max_length: int) -> Any:
+        return HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=2, max_length=max_length)
+
+    with pytest.raises(BadInput, match="gsm8k_cot generates up to 256 tokens, and tiny takes 256 with the question"):
+        scored(stock("gsm8k_cot"), short(256), answers)
+    assert len(answers) == 0
+    progress = RecordingProgress()
+    measure(stock("arc_easy"), short(16), answers, progress, title="tiny")
+    (said,) = [text for kind, text, _ in progress.events if kind == "warn"]
+    assert said.startswith("lm-eval: ")
+    assert "exceeds model's maximum length (16)" in said
+
+
+def test_a_stop_ends_a_real_model_between_batches_and_taken_up_it_says_the_same_bit_for_bit(
+    stock: Loading, lm: Any, answers: Answers, tmp_path: Path
+) -> None:
     stop = threading.Event()
 
     class Impatient(RecordingProgress):
@@ -313,7 +333,12 @@ def test_a_stop_request_ends_a_real_model_between_two_batches(stock: Loading, lm
     kept = len(answers)
     assert kept % 3 == 0  # batches of three, whole
     assert 3 <= kept < 24
-    assert scored(task, lm, answers).n == 6
+    # upstream sorts requests by length before it cuts batches, so those that are left fall into the batches as before
+    taken_up, in_one_go = tmp_path / "taken_up.jsonl", tmp_path / "in_one_go.jsonl"
+    scored(task, lm, answers, log=taken_up)
+    with Answers.open(tmp_path / "others.jsonl") as others:
+        scored(task, lm, others, log=in_one_go)
+    assert taken_up.read_text() == in_one_go.read_text()
 
 
 class _Counting:
