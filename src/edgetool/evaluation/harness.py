@@ -92,7 +92,8 @@ def _check_length(lm: Any, title: str, stock: StockTask) -> None:
     if stock.task.kind != "generation" or not isinstance(longest, int):
         return
     for leaf in stock.leaves.values():
-        wanted = int((leaf.config.generation_kwargs or {}).get("max_gen_toks") or getattr(lm, "max_gen_toks", 0))
+        asked = (leaf.config.generation_kwargs or {}).get("max_gen_toks")
+        wanted = asked or getattr(lm, "max_gen_toks", None) or 0
         if wanted >= longest:
             raise BadInput(
                 f"{stock.task.name} generates up to {wanted} tokens, and {title} takes {longest} with the question",
