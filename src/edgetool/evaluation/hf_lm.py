@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.evaluation.loaded import LoadedModel, skeleton
+from edgetool.evaluation.stock_tasks import quiet
 from edgetool.evaluation.targets import CPU_BATCH_SIZE
 from edgetool.models.devices import out_of_memory_named
 from edgetool.models.streamed import load_tokenizer
@@ -31,13 +32,14 @@ class LazyHFLM(HFLM):  # type: ignore[misc]
         max_length: int | None,
     ) -> None:
         self._load: Callable[[], LoadedModel] | None = load
-        super().__init__(
-            pretrained=skeleton(checkpoint),
-            tokenizer=load_tokenizer(checkpoint),
-            backend="causal",
-            batch_size=CPU_BATCH_SIZE if batch_size == "auto" and device.type == "cpu" else batch_size,
-            max_length=max_length,
-        )
+        with quiet():
+            super().__init__(
+                pretrained=skeleton(checkpoint),
+                tokenizer=load_tokenizer(checkpoint),
+                backend="causal",
+                batch_size=CPU_BATCH_SIZE if batch_size == "auto" and device.type == "cpu" else batch_size,
+                max_length=max_length,
+            )
 
     def _be_loaded(self) -> None:
         if self._load is not None:

@@ -151,7 +151,7 @@ def _in_process(name: str, spec: str, config: Config, _: Any, stopped: Callable[
     device = resolve_device(settings.device)
     dtype = fast_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     content = identity_of(checkpoint, config.common.cache_dir / CACHE, progress)
-    target = InProcess(_title(spec, name), checkpoint, content, _asking(settings), device, dtype, progress)
+    target = InProcess(_title(spec, config.eval), checkpoint, content, _asking(settings), device, dtype, progress)
     return Side(name, target, source)
 
 
@@ -179,7 +179,7 @@ def _served(
     }
     asking = _asking(settings.model_copy(update={"max_length": length}))
     target = Remote(
-        _title(spec, name), served.starter(server, progress), identity, checkpoint, asking, stopped,
+        _title(spec, config.eval), served.starter(server, progress), identity, checkpoint, asking, stopped,
         scores=bool(_scoring(tasks)),
     )  # fmt: skip
     return Side(name, target, source)
@@ -206,9 +206,15 @@ def _scoring(tasks: tuple[EvalTask, ...]) -> list[str]:
     return [task.name for task in tasks if task.kind in ("loglikelihood", "perplexity")]
 
 
-def _title(spec: str, name: str) -> str:
-    plain = spec.rstrip("/").rpartition("/")[2].removeprefix("hf:").removeprefix("ms:") or spec
-    return f"{plain} ({name})"
+def _title(spec: str, settings: EvalConfig) -> str:
+    """A short name; where both sides have the same, with the directory above it."""
+    short, other = (_last(one, 1) for one in (spec, settings.model if spec == settings.against else settings.against))
+    return _last(spec, 2) if short == other else short
+
+
+def _last(spec: str | None, parts: int) -> str:
+    words = (spec or "").rstrip("/").split("/")
+    return "/".join(words[-parts:])
 
 
 def _same_template(sides: list[Side]) -> None:
