@@ -129,7 +129,12 @@ def load_stock(config: Config, questions: Questions, progress: Progress) -> dict
     with progress.task("load tasks", len(questions.data), "task") as bar:
         for name, one in questions.data.items():
             found[name] = load(
-                one, common.cache_dir, num_fewshot=settings.num_fewshot, seed=settings.seed, token=common.token()
+                one,
+                common.cache_dir,
+                num_fewshot=settings.num_fewshot,
+                seed=settings.seed,
+                token=common.token(),
+                offline=common.offline,
             )
             bar.advance(note=name)
     return found
