@@ -91,8 +91,8 @@ class KeptDistributions:
 
 def chosen_windows(text: CutText, vocabulary: int, budget_bytes: int = KEPT_BYTES) -> list[int]:
     """Indices of the windows, evenly spread and at least one, whose distributions fit into `budget_bytes`."""
-    largest = max(window.predicted for window in text.windows)
-    count = min(len(text.windows), max(1, budget_bytes // (2 * vocabulary * largest)))
+    rows = budget_bytes // (2 * vocabulary)
+    count = min(len(text.windows), max(1, 1 + (rows - text.windows[0].predicted) // text.stride))
     return sorted({int(index) for index in np.linspace(0, len(text.windows) - 1, count).round()})
 
 

@@ -259,6 +259,8 @@ def test_as_many_windows_are_compared_as_fit_evenly_over_the_text() -> None:
     assert chosen_windows(text, 500, 10 * 500 * 2 * 5) == [0, 25, 50, 74, 99]
     assert chosen_windows(text, 500, 1 << 40) == list(range(100))
     assert chosen_windows(text, 500, 1) == [0]
+    longer_first = cut("x" * 100, _OneToken(), 20, 10)  # 20 tokens, then 10 a window
+    assert chosen_windows(longer_first, 500, 500 * 2 * (20 + 10 + 10)) == [0, 4, 8]
 
 
 def test_divergences_are_summed_over_tokens() -> None:
