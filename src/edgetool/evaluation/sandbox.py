@@ -2,15 +2,15 @@
 
 Four kinds of isolation, the strongest that works here is taken, found out by running a trial in each:
 
-| kind | files | network | processes | for |
-|---|---|---|---|---|
-| namespaces | a root of its own: system and Python read-only, a limited /tmp | none | sees only its own | root and users |
-| bubblewrap | the same, built by bwrap | none | sees only its own | users whom only bwrap gets namespaces |
-| landlock | only system and Python readable, only its own directory writable | none | no signals out (Linux 6.12) | containers |
-| limits | whatever the user may | none, where calls can be filtered | whatever the user may | nothing better |
+| kind | files | processes | for |
+|---|---|---|---|
+| namespaces | a root of its own: system and Python read-only, a limited /tmp | sees only its own | root and users |
+| bubblewrap | the same, built by bwrap | sees only its own | users who get namespaces from bwrap only |
+| landlock | reads system and Python, writes its own directory | no signals out (Linux 6.12) | containers |
+| limits | whatever the user may | whatever the user may | where there is nothing better |
 
-In all: an empty environment, no new privileges, filtered system calls, limits of CPU time, address space, file size,
-descriptors and processes, and a watch over wall time, memory, disk and output that ends the tree as a whole.
+In all: no network, an empty environment, no new privileges, filtered system calls, limits of CPU time, address space,
+file size, descriptors and processes, and a watch over wall time, memory, disk and output that ends the whole tree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import shutil
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from typing import Any
 from edgetool.errors import BackendFailed, BadInput, ResourceUnavailable
 from edgetool.evaluation import sandbox_bubblewrap as bubblewrap
 from edgetool.evaluation import sandbox_kernel as kernel
+from edgetool.evaluation.sandbox_talk import Talk
 from edgetool.evaluation.sandbox_watch import Watch
 from edgetool.process_tree import TREE_VARIABLE, carriers, send
 
@@ -56,7 +56,6 @@ _FIRST_UID, _UIDS = 61184, 4336
 """Numbers that systemd gives out for a while and nobody else has; one for each run, so that limits count it alone."""
 _START_LIMIT_S = 60.0
 _LOOK_S = 0.05
-_ERROR_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Outcome:
     """How a run ended.
 
     returncode: of the program, minus the signal that ended it; None when it was ended from outside. ended_by: the limit
-    that was broken ("time", "memory", "disk", "output"), "stopped", or None. errors: the end of what it wrote to stderr.
+    that was broken ("time", "memory", "disk", "output"), "stopped", or None. errors: the end of its stderr.
     """
 
     returncode: int | None
@@ -160,7 +159,7 @@ class Sandbox:
             raise ResourceUnavailable(f"no process for generated code could be started: {error.strerror}") from error
         finally:
             os.close(writing)
-        talk = _Talk(process, reading, stdin, limits.output_bytes)
+        talk = Talk(process, reading, stdin, limits.output_bytes)
         watch = Watch(process.pid, limits.memory_bytes, limits.disk_bytes, scratch)
         ended_by: str | None = None
         try:
@@ -259,72 +258,6 @@ class Sandbox:
                     send(one, signal.SIGKILL)
 
 
-class _Talk:
-    """The pipes of a run: what goes in, what comes out, and what the launcher says."""
-
-    def __init__(self, process: subprocess.Popen[bytes], status: int, stdin: bytes, most_bytes: int) -> None:
-        assert process.stdin and process.stdout and process.stderr
-        self.output = bytearray()
-        self.errors = b""
-        self.flooded = False
-        self.failed: str | None = None
-        self.ended: int | None = None
-        self.began: float | None = None
-        self._most_bytes = most_bytes
-        self._said = b""
-        self._stdin = memoryview(stdin)
-        self._writing = process.stdin
-        self._files = {process.stdout.fileno(): self._out, process.stderr.fileno(): self._err, status: self._listen}
-        self._status = status
-        self._process = process
-        os.set_blocking(self._writing.fileno(), False)
-        if not stdin:
-            self._writing.close()
-
-    def open(self, timeout_s: float) -> bool:
-        """Move what is ready within `timeout_s`; False once nothing can come any more."""
-        waiting = [] if self._writing.closed else [self._writing.fileno()]
-        readable, writable, _ = select.select(list(self._files), waiting, [], timeout_s)
-        for descriptor in readable:
-            data = os.read(descriptor, 1 << 16)
-            if data:
-                self._files[descriptor](data)
-            else:
-                del self._files[descriptor]
-        if writable:
-            try:
-                self._stdin = self._stdin[os.write(self._writing.fileno(), self._stdin[: 1 << 16]) :]
-            except BrokenPipeError:
-                self._stdin = self._stdin[:0]
-            if not self._stdin:
-                self._writing.close()
-        # what is left in the pipes after the end was said is still read, unless somebody keeps them open
-        return bool(self._files) and not (self.ended is not None and not readable)
-
-    def _out(self, data: bytes) -> None:
-        room = self._most_bytes - len(self.output)
-        self.output += data[:room]
-        self.flooded = self.flooded or len(data) > room
-
-    def _err(self, data: bytes) -> None:
-        self.errors = (self.errors + data)[-_ERROR_BYTES:]
-
-    def _listen(self, data: bytes) -> None:
-        *lines, self._said = (self._said + data).split(b"\n")
-        for message in map(json.loads, lines):
-            if "started" in message:
-                self.began = time.monotonic()
-            self.failed = message.get("failed", self.failed)
-            self.ended = message.get("ended", self.ended)
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        os.close(self._status)
-        for stream in (self._writing, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
-
-
 def open_sandbox(
     trial: Path,
     *,
@@ -392,7 +325,7 @@ def _threads_of(uid: int) -> int:
     for directory in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if directory.name.isdigit() and directory.stat().st_uid == uid:
-                count += len(os.listdir(directory / "task"))
+                count += sum(1 for _ in (directory / "task").iterdir())
     return count
 
 
@@ -400,5 +333,5 @@ def _remove(directory: Path) -> None:
     """Remove a directory whatever its modes were made."""
     for place, _, _ in os.walk(directory, topdown=True):
         with contextlib.suppress(OSError):
-            os.chmod(place, 0o700)
+            Path(place).chmod(0o700)
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What Linux offers to confine a process and Python has no names for: mounts, capabilities, system call filters, Landlock.
+"""What Linux has to confine a process and Python has no names for: mounts, capabilities, call filters, Landlock.
 
 Standard library only, by ctypes. Numbers are the kernel's: asm/unistd.h, linux/mount.h, prctl.h, filter.h, landlock.h.
 Everything raises OSError with the name of the call that failed.

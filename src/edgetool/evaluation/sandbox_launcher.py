@@ -176,7 +176,7 @@ def _build_world(order: Order) -> None:
 
 
 def _show(path: str, *, device: bool = False) -> None:
-    """Bind what is at `path` outside (now below /old) to the same path inside, read-only; nothing where it is absent."""
+    """Bind what is at `path` outside (now below /old) to the same path inside, read-only; if it is there at all."""
     outside, inside = Path("/old" + path), Path(path)
     if outside.is_symlink() and path.count("/") == 1:  # /bin -> usr/bin
         inside.symlink_to(outside.readlink())

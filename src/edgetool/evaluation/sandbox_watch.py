@@ -18,7 +18,7 @@ _MOST_FILES = 10_000
 
 
 class Watch:
-    """Looks at the tree below process `root`; `scratch`: directory whose size counts, None where the kernel limits it."""
+    """Looks at the tree below process `root`; scratch: directory whose size counts, None where the kernel limits it."""
 
     def __init__(self, root: int, memory_bytes: int, disk_bytes: int, scratch: Path | None) -> None:
         self._root = root

@@ -195,7 +195,15 @@ def test_the_environment_is_empty(prison: Prison) -> None:
 def test_nothing_can_be_written_outside(isolation: Prison) -> None:
     (isolation.place / "open").mkdir()
     (isolation.place / "open").chmod(0o777)
-    places = [str(isolation.place / "open"), "/", "/usr", "/etc", "/dev", "/var/tmp", os.path.dirname(isolation.python)]
+    places = [
+        str(isolation.place / "open"),
+        "/",
+        "/usr",
+        "/etc",
+        "/dev",
+        "/var/tmp",
+        str(Path(isolation.python).parent),
+    ]
     found = isolation(f"""
         import json, os
         written = []
@@ -440,7 +448,8 @@ def test_it_has_no_power_and_can_gain_none(prison: Prison) -> None:
         status = libc.prctl(39, 0, 0, 0, 0)  # PR_GET_NO_NEW_PRIVS
         capabilities = ctypes.create_string_buffer(24)
         libc.capget(b"\\x22\\x05\\x08\\x20" + bytes(4), capabilities)
-        new = [libc.unshare(0x10000000), libc.syscall(56, 0x10000011, 0, 0, 0, 0), libc.mount(b"x", b"/", b"tmpfs", 0, 0)]
+        new = [libc.unshare(0x10000000), libc.syscall(56, 0x10000011, 0, 0, 0, 0)]
+        new.append(libc.mount(b"x", b"/", b"tmpfs", 0, 0))
         print(json.dumps([os.getuid(), status, capabilities.raw.hex(), new]))
     """)
     uid, no_new_privileges, capabilities, new = found.said
