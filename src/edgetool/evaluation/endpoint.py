@@ -65,11 +65,11 @@ class Client:
         timeout_s: float,
         *,
         stopped: Callable[[], bool] = lambda: False,
-        pauses_s: tuple[float, ...] = PAUSES_S,
+        pauses_s: tuple[float, ...] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._stopped = stopped
-        self._pauses_s = pauses_s
+        self._pauses_s = PAUSES_S if pauses_s is None else pauses_s
         self._down = threading.Event()  # one request that has failed for good ends the patience of all others
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         self._http = httpx.Client(
