@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +229,48 @@ def test_a_data_directory_that_is_a_file_or_holds_directories_for_files_is_said(
 def test_a_file_that_may_not_be_read_is_said(directory: Path) -> None:
     (directory / "boolq" / "validation.jsonl").chmod(0)
     assert "cannot be read: Permission denied" in one_problem(directory, "boolq")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "GatedRepo", ["gpqa: Idavidrein/gpqa is gated, and this user may not read it"]),
+        (401, "RepoNotFound", ["gpqa: Idavidrein/gpqa is gated, and this user may not read it"]),
+        (200, "", []),
+        (500, "", []),  # the hub is ill: whether the cache has it shows when it is loaded
+    ],
+)
+def test_a_hub_that_refuses_gated_data_is_heard_before_anything_runs(status: int, code: str, said: list[str]) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        program = (
+            "import json\n"
+            "from edgetool.evaluation.data import examine\n"
+            "from edgetool.evaluation.tasks import find_tasks\n"
+            "_, problems = examine(find_tasks(['arc_easy', 'gpqa']), None, token='hf_secret')\n"
+            "print(json.dumps([problem.message for problem in problems]))\n"
+        )
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1"}
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+        server.shutdown()
+    assert json.loads(run.stdout) == said, run.stderr
+    of_data = {(path, key) for path, key in asked if path.startswith("/api/datasets")}  # the library asks other things
+    assert of_data == {("/api/datasets/Idavidrein/gpqa/auth-check", "Bearer hf_secret")}
+    assert "hf_secret" not in run.stdout + run.stderr
