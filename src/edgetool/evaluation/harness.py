@@ -50,7 +50,7 @@ def measure(
     """
     from lm_eval import evaluate
 
-    _check_template(lm, title, chat_template)
+    check_template(lm, title, chat_template)
     _check_length(lm, title, stock)
     asked = Remembering(lm, answers, progress, f"{title}: {stock.task.name}", stop)
     questions = {(question.subtask, question.index): question for question in only or stock.questions(limit)}
@@ -81,7 +81,8 @@ def measure(
     return _scores(stock, found, questions, asked, lm)
 
 
-def _check_template(lm: Any, title: str, wanted: bool) -> None:
+def check_template(lm: Any, title: str, wanted: bool) -> None:
+    """Raise BadInput where a chat template is `wanted` and the model is known to have none."""
     tokenizer = getattr(lm, "tokenizer", None)
     if wanted and tokenizer is not None and getattr(tokenizer, "chat_template", "unknown") is None:
         raise BadInput(f"{title} has no chat template, and one is asked for", "leave --chat-template out")
@@ -133,7 +134,7 @@ def _scores(
         metrics=metrics,
         groups={leaf: float(results[leaf][key]) for leaf in stock.leaves if leaf in results} if task.is_group else {},
         seconds=asked.seconds,
-        generated_tokens=_tokens(lm, asked.generated) if task.kind == "generation" else None,
+        generated_tokens=count_tokens(lm, asked.generated) if task.kind == "generation" else None,
         version=stock.version(),
     )
 
@@ -161,7 +162,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _tokens(lm: Any, texts: Sequence[str]) -> int | None:
+def count_tokens(lm: Any, texts: Sequence[str]) -> int | None:
+    """Tokens of `texts` by the model's tokenizer; None where that is not known."""
     tokenizer = getattr(lm, "tokenizer", None)
     if not callable(tokenizer):
         return None
