@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgetool.evaluation.tasks import MMLU_SUBJECTS
-from tests.fakes import question_rows
+from tests.fakes import code_problems, question_rows
 from tests.fakes.tiny_models import make_tiny_model
 
 Eval = Callable[..., Any]
@@ -26,6 +26,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model(top / "original", "llama", hidden_size=32, layers=1, max_position_embeddings=8192)
     make_tiny_model(top / "quantized", "llama", hidden_size=32, layers=1, max_position_embeddings=8192, seed=5)
     question_rows.write_data(top / "data", MMLU_SUBJECTS)
+    code_problems.write_problems(top / "data" / "humaneval" / "HumanEvalPlus-v0.1.10.jsonl", code_problems.HUMANEVAL)
     (top / "text.txt").write_text(WORDS * 12)
     return top
 
@@ -156,6 +157,22 @@ def test_a_gate_that_does_not_hold_exits_8_and_the_results_are_there(evaluate: E
         assert "ratio" in found["message"]
         assert found["tasks"]["perplexity"]["ratio"] > 0.9
         assert json.loads((tmp_path / "out" / "results.json").read_text())["gate"]["passed"] is False
+
+
+def test_frameworks_mix_in_one_run(evaluate: Eval, places: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Say hello.", "reference": "hello"}\n')
+    found = document(
+        evaluate(
+            "arc_easy,humaneval,rouge", "--limit", "1", "--rouge-data", str(tmp_path / "rows.jsonl"), "--log-samples"
+        )
+    )
+    assert {name: task["n"] for name, task in found["tasks"].items()} == {"arc_easy": 1, "humaneval": 1, "rouge": 1}
+    code = found["tasks"]["humaneval"]
+    assert (code["original"], code["quantized"], code["difference"]) == (0.0, 0.0, 0.0)  # random models write no Python
+    assert set(code["sides"]["model"]["metrics"]) == {"base", "plus"}
+    assert found["tasks"]["rouge"]["sides"]["model"]["generated_tokens"] > 0
+    for task in ("humaneval", "rouge"):
+        assert len((tmp_path / "out" / "samples" / "quantized" / f"{task}.jsonl").read_text().splitlines()) == 1
 
 
 def test_one_model_alone_has_a_score_and_no_difference(evaluate: Eval) -> None:

@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.config import Config
 from edgetool.errors import Stopped
 from edgetool.evaluation import sequential
@@ -103,6 +103,24 @@ class Measuring:
                 stop=self._stop,
                 log=self._log(side, task),
             )
+        if task.kind == "rouge":
+            from edgetool.evaluation import rouge
+
+            assert self._plan.questions.rouge is not None
+            return rouge.measure(
+                self._plan.questions.rouge,
+                side.target.language_model(),
+                self._ledger(side),
+                self._progress,
+                title=side.target.title,
+                cache_dir=self._config.common.cache_dir,
+                limit=self._settings.limit,
+                only=only,
+                chat_template=self._settings.chat_template,
+                system_prompt=self._settings.system_prompt,
+                stop=self._stop,
+                log=self._log(side, task),
+            )
         from edgetool.evaluation import code_tasks
 
         assert self._plan.sandbox is not None
@@ -113,6 +131,7 @@ class Measuring:
             self._ledger(side),
             self._progress,
             limit=self._settings.limit,
+            only=only,
             chat_template=self._settings.chat_template,
             concurrency=self._settings.concurrency,
             stop=self._stop,
@@ -131,7 +150,7 @@ class Measuring:
         return (
             self._settings.sequential
             and gate is not None
-            and task.framework == "lm-eval"
+            and task.kind != "perplexity"
             and bool(gate.clauses_for(task.name))
         )
 
@@ -141,7 +160,7 @@ class Measuring:
 
         gate = self._plan.gate
         assert gate is not None
-        questions = self._plan.stock[task.name].questions(self._settings.limit)
+        questions = self._questions(task)
         order = sequential.random_order(len(questions), self._settings.seed)
         for count in sequential.looks(len(questions)):
             asked = [questions[place] for place in order[:count]]
@@ -154,7 +173,7 @@ class Measuring:
                 for name, scores in self.found.scores.items()
             }
             one, other = (
-                np.array([by_side[name][question.id] for question in asked], dtype=np.float64)
+                np.array([by_side[name][_id(question)] for question in asked], dtype=np.float64)
                 for name in (ORIGINAL, QUANTIZED)
             )
             decided = sequential.look(gate.clauses_for(task.name), task.name, one, other, len(questions))
@@ -162,6 +181,16 @@ class Measuring:
                 self.found.early[task.name] = decided
                 self._progress.note(f"{task.name}: the gate is decided after {count} of {len(questions)} questions")
                 return
+
+    def _questions(self, task: EvalTask) -> Sequence[Any]:
+        """What `only` takes, in upstream's order."""
+        limit, found = self._settings.limit, self._plan.questions
+        if task.name in self._plan.stock:
+            return self._plan.stock[task.name].questions(limit)
+        if task.kind == "rouge":
+            assert found.rouge is not None
+            return [row.id for row in found.rouge.chosen(limit)]
+        return [problem.task_id for problem in found.code[task.name].chosen(limit)]
 
     def _perplexity(self, side: Side) -> None:
         from edgetool.evaluation.perplexity import measure
@@ -256,10 +285,8 @@ class Measuring:
             raise Stopped("stopped on request: all answers so far are kept")
 
 
-def checkpoint_of(side: Side) -> Checkpoint | None:
-    """The checkpoint that a side is, or that has its tokenizer."""
-    target = side.target
-    return target.checkpoint if isinstance(target, InProcess) else getattr(target, "tokenizer", None)
+def _id(question: Any) -> str:
+    return question if isinstance(question, str) else str(question.id)
 
 
 def manifest_facts(plan: Plan) -> dict[str, Any]:

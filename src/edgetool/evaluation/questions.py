@@ -12,7 +12,11 @@ from edgetool.config import Config, EvalConfig
 from edgetool.errors import BadInput
 from edgetool.evaluation.code_data import CodeData, Dataset
 from edgetool.evaluation.code_data import find as find_code
+from edgetool.evaluation.code_tasks import describe as describe_code
 from edgetool.evaluation.data import Problem, TaskData, examine, refuse
+from edgetool.evaluation.rouge import RougeData
+from edgetool.evaluation.rouge import describe as describe_rouge
+from edgetool.evaluation.rouge import find as find_rouge
 from edgetool.evaluation.tasks import EvalTask
 from edgetool.evaluation.windows import read_text
 
@@ -41,11 +45,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Questions:
-    """By name of task: lm-evaluation-harness' rows, EvalPlus' problems, and the text where perplexity is measured."""
+    """lm-evaluation-harness' rows and EvalPlus' problems by name of task; text and references where they are wanted."""
 
     data: dict[str, TaskData] = field(default_factory=dict)
     code: dict[str, CodeData] = field(default_factory=dict)
     text: Text | None = None
+    rouge: RougeData | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -57,7 +62,8 @@ class Questions:
         """How many questions a task has; None where that is not known before it runs."""
         if task.name in self.data:
             return self.data[task.name].questions(limit)
-        return len(self.code[task.name].chosen(limit)) if task.name in self.code else None
+        own = self.rouge if task.kind == "rouge" else self.code.get(task.name)
+        return None if own is None else len(own.chosen(limit))
 
     def source(self, task: EvalTask, settings: EvalConfig) -> str | None:
         """Where they come from, for plans and records."""
@@ -65,6 +71,8 @@ class Questions:
             return self.data[task.name].source
         if task.name in self.code:
             return str(self.code[task.name].path)
+        if task.kind == "rouge" and self.rouge is not None:
+            return str(self.rouge.path)
         if task.kind == "perplexity" and self.text is not None:
             return f"{self.text.name}, windows of {settings.context} tokens every {stride_of(settings)}"
         return None
@@ -74,9 +82,10 @@ class Questions:
         if task.name in stock:
             return stock[task.name].facts(settings.limit)
         if task.name in self.code:
-            from edgetool.evaluation.code_tasks import describe
-
-            return describe(self.code[task.name], settings.limit)
+            return describe_code(self.code[task.name], settings.limit)
+        if task.kind == "rouge":
+            assert self.rouge is not None
+            return describe_rouge(self.rouge, settings.limit)
         assert self.text is not None
         return {
             "framework": "edgetool",
@@ -106,7 +115,8 @@ def find_questions(config: Config, tasks: tuple[EvalTask, ...]) -> Questions:
             return None
 
     code: dict[str, CodeData] = {}
-    text = None
+    text: Text | None = None
+    rouge: RougeData | None = None
     for task in tasks:
         if task.kind == "code":
             dataset: Dataset = "humaneval" if task.name == "humaneval" else "mbpp"
@@ -114,8 +124,10 @@ def find_questions(config: Config, tasks: tuple[EvalTask, ...]) -> Questions:
             code |= {task.name: found} if found is not None else {}
         elif task.kind == "perplexity":
             text = attempt(task.name, lambda: _text(settings))
+        elif task.kind == "rouge":
+            rouge = attempt(task.name, lambda: find_rouge(settings.rouge_data, settings.data_dir))
     refuse(problems)
-    return Questions(data, code, text)
+    return Questions(data, code, text, rouge)
 
 
 def load_stock(config: Config, questions: Questions, progress: Progress) -> dict[str, StockTask]:
