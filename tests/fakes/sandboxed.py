@@ -1,6 +1,7 @@
-"""Runs a program in a sandbox of a given kind, as whoever runs this: `python sandboxed.py KIND PROGRAM LIMITS` (JSON).
+"""Runs programs in a sandbox of a given kind, as whoever runs this: `python sandboxed.py KIND`.
 
-Prints the outcome as one JSON document. Stands alone on the standard library, so that any Python can run it.
+Reads lines of JSON, {"program": path, "limits": {...}}, and answers each with the outcome as a line of JSON. Stands
+alone on the standard library, so that any Python can run it.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from edgetool.evaluation.sandbox import Limits, open_sandbox
 
 
 def main() -> None:
-    kind, program, limits = sys.argv[1], Path(sys.argv[2]), Limits(**json.loads(sys.argv[3]))
     with tempfile.NamedTemporaryFile("w", suffix=".py") as trial:
         Path(trial.name).chmod(0o644)
         try:
-            sandbox = open_sandbox(Path(trial.name), kinds=[kind], limits=limits, unsafe=True)
-            outcome = sandbox.run(program)
+            sandbox = open_sandbox(Path(trial.name), kinds=[sys.argv[1]], unsafe=True)
         except EdgetoolError as error:
-            print(json.dumps({"refused": error.message}))
+            print(json.dumps({"refused": error.message}), flush=True)
             return
-    found = dataclasses.asdict(outcome) | {"output": outcome.output.decode(), "warnings": sandbox.warnings}
-    print(json.dumps(found))
+    for line in sys.stdin:
+        order = json.loads(line)
+        outcome = sandbox.run(Path(order["program"]), limits=Limits(**order["limits"]))
+        found = dataclasses.asdict(outcome) | {"output": outcome.output.decode(), "warnings": sandbox.warnings}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgetool.artifacts import disk_errors
-from edgetool.errors import BackendFailed, Stopped
+from edgetool.errors import BackendFailed, ResourceUnavailable, Stopped
 from edgetool.evaluation.answers import Answers, key_of
 from edgetool.evaluation.code_data import CodeData, CodeProblem
 from edgetool.evaluation.code_decoders import MAX_NEW_TOKENS, Coder, EndpointCoder, LoadedCoder
@@ -99,7 +99,8 @@ def measure(
     limit: the first problems only; only: these task ids, in place of `limit`. concurrency: requests to an endpoint at
     once. stop: once set, Stopped is raised after the problem at hand. log: file of JSON lines to write, one a problem.
 
-    Texts and verdicts that `answers` know are not made again; a verdict that a time limit gave is not kept.
+    Texts and verdicts that `answers` know are not made again; verdicts that a limit gave are not kept, since another
+    time it may not be met.
     Raises BadInput where a chat template is asked for and there is none, and what the target raises.
     """
     problems = data.chosen(limit, only)
@@ -245,8 +246,8 @@ def _verdicts(work: _Work, problems: Sequence[CodeProblem], texts: Sequence[str]
     try:
         for pair, verdict in work.each(f"{work.dataset}, tests", missing, len(found), threads, act):
             found[pair[0].task_id] = verdict
-            if verdict.why != "stopped" and "timeout" not in (verdict.base, verdict.plus):
-                kept = {"solution": verdict.solution, "base": verdict.base, "plus": verdict.plus, "why": verdict.why}
+            if verdict.why is None and "timeout" not in (verdict.base, verdict.plus):
+                kept = {"solution": verdict.solution, "base": verdict.base, "plus": verdict.plus}
                 work.answers.put(key(pair), kept)
     finally:
         work.answers.flush()
@@ -266,7 +267,8 @@ def judge(
 ) -> Verdict:
     """EvalPlus's verdict on one text, sanitised. Code that ends the judging process itself has failed.
 
-    Raises BackendFailed where the problem's own reference solution could not be run.
+    Raises BackendFailed where the problem's own reference solution could not be run, ResourceUnavailable where others
+    take the machine's memory.
     """
     job = {"dataset": dataset, "row": problem.row, "text": text, "path": _import_places()}
     outcome = sandbox.run(_RUNNER, stdin=json.dumps(job).encode(), limits=limits, stopped=stopped)
@@ -277,6 +279,11 @@ def judge(
         return Verdict(**said["verdict"])
     if outcome.ended_by == "stopped":
         return Verdict(text, "fail", SKIPPED, "stopped")
+    if outcome.ended_by == "machine":
+        raise ResourceUnavailable(
+            f"the machine ran out of memory while an answer to {problem.task_id} was tested",
+            "end other programs, then run the same command again: all answers so far are kept",
+        )
     answer_seen = b'"answer"' in outcome.output
     if said.get("stage") != "answer" and (outcome.ended_by is not None or not answer_seen):
         raise BackendFailed(

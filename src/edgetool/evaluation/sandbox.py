@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgetool.errors import BackendFailed, BadInput, ResourceUnavailable
+from edgetool.errors import BackendFailed, BadInput, MissingDependency, ResourceUnavailable
 from edgetool.evaluation import sandbox_bubblewrap as bubblewrap
 from edgetool.evaluation import sandbox_kernel as kernel
 from edgetool.evaluation.sandbox_talk import Talk
@@ -81,7 +81,8 @@ class Outcome:
     """How a run ended.
 
     returncode: of the program, minus the signal that ended it; None when it was ended from outside. ended_by: the limit
-    that was broken ("time", "memory", "disk", "output"), "stopped", or None. errors: the end of its stderr.
+    that was broken ("time", "memory", "disk", "output"), "machine" (whose memory others took), "stopped", or None.
+    errors: the end of its stderr.
     """
 
     returncode: int | None
@@ -149,7 +150,7 @@ class Sandbox:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={TREE_VARIABLE: token},
+                env={TREE_VARIABLE: token, **_libraries()},
                 pass_fds=(writing,),
                 start_new_session=True,
                 bufsize=0,
@@ -206,7 +207,7 @@ class Sandbox:
             "kind": self.kind,
             "parent": os.getpid(),
             "command": [sys.executable, "-I", "-B", source, *arguments],
-            "readable": [*self.readable, source],
+            "readable": [*self.readable, source, *_library_places()],
             "scratch": place,
             "scratch_bytes": limits.disk_bytes,
             "environment": {
@@ -215,6 +216,7 @@ class Sandbox:
                 "LANG": "C.UTF-8",
                 "OPENBLAS_NUM_THREADS": "1",
                 TREE_VARIABLE: token,
+                **_libraries(),
             },
             "uid": uid,
             "filtered": self.filtered,
@@ -271,8 +273,11 @@ def open_sandbox(
     readable: what programs need besides the system's directories and this Python. unsafe: as root, do with limits alone
     where there is nothing better (`--unsafe-exec`). kinds: those to try, in order.
 
-    Raises BadInput where we are root and only limits are left, and BackendFailed where nothing works at all.
+    Raises BadInput where we are root and only limits are left, BackendFailed where nothing works at all, and
+    MissingDependency on another system than Linux.
     """
+    if sys.platform != "linux":
+        raise MissingDependency("generated code is run on Linux only", "leave humaneval and mbpp out of --tasks")
     prefixes = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1], *readable]
     places = tuple(dict.fromkeys(str(path.absolute()) for path in prefixes if path != Path("/")))
     as_root = os.geteuid() == 0
@@ -318,6 +323,16 @@ def _warnings(sandbox: Sandbox, reasons: Sequence[str]) -> tuple[str, ...]:
     network = "" if kernel.can_filter() else ", has the network"
     who = "root" if os.geteuid() == 0 and not sandbox.change_user else "this user"
     return (f"generated code runs with limits but without isolation: it reads what {who} may read{network} ({why})",)
+
+
+def _libraries() -> dict[str, str]:
+    """Where Python's own libraries are, if that is said in the environment, as modules on clusters do."""
+    return {"LD_LIBRARY_PATH": ":".join(places)} if (places := _library_places()) else {}
+
+
+def _library_places() -> list[str]:
+    places = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    return [place for place in places if place.startswith("/") and place != "/" and Path(place).is_dir()]
 
 
 def _threads_of(uid: int) -> int:

@@ -1,7 +1,7 @@
 """What no limit of the kernel counts for a whole tree of processes: looked at again and again, from outside.
 
 Memory by resident pages, which misses what lies in no process (pipes, files in memory): hence also the machine's own,
-so that a run that takes memory in another way is ended before the machine suffers.
+so that a run is ended before the machine suffers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ class Watch:
 
     def __init__(self, root: int, memory_bytes: int, disk_bytes: int, scratch: Path | None) -> None:
         self._root = root
-        self._memory_bytes = memory_bytes
         self._disk_bytes = disk_bytes
         self._scratch = scratch
         self._next = time.monotonic() + _INTERVAL_S
         total, available = machine_memory_bytes()
-        # a machine that has little left before we begin is not this program's fault
-        self._least_available_bytes = min(total // 20, 512 << 20, available // 2)
+        # this tree meets its own limit before it can bring the machine to that of the machine
+        self._memory_bytes = min(memory_bytes, available * 3 // 4)
+        self._least_available_bytes = min(total // 20, 512 << 20, available // 8)
 
     def broken(self) -> str | None:
-        """The limit that is broken, "memory" or "disk", or None. Looks some ten times a second."""
+        """What is broken: "memory" or "disk" by this tree, "machine" whose memory others use up; or None.
+
+        Looks some ten times a second.
+        """
         if time.monotonic() < self._next:
             return None
         try:
             if sum(resident_bytes(process.pid) for process in descendants(self._root)) > self._memory_bytes:
                 return "memory"
             if machine_memory_bytes()[1] < self._least_available_bytes:
-                return "memory"
+                return "machine"
             if self._scratch is not None and _disk_bytes(self._scratch) > self._disk_bytes:
                 return "disk"
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -172,3 +173,28 @@ def _empty(directory: Path) -> Path:
 
 def _descriptors() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize(("which", "header"), [(0, "x86_64-linux-gnu/asm/unistd_64.h"), (1, "asm-generic/unistd.h")])
+def test_the_numbers_of_system_calls_are_those_of_the_kernels_headers(which: int, header: str) -> None:
+    path = Path("/usr/include") / header
+    if not path.is_file():
+        pytest.skip(f"no {path} (linux-libc-dev)")
+    known = dict(re.findall(r"#define __NR_(\w+) (\d+)", path.read_text()))
+    numbers = kernel._DENIED | {"clone": kernel._CLONE, "clone3": kernel._CLONE3}
+    wrong = {name: known.get(name) for name, both in numbers.items() if known.get(name) not in (None, str(both[which]))}
+    assert wrong == {}
+    assert len([name for name in numbers if name in known]) > 25
+
+
+def test_libraries_of_this_python_are_found_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = tmp_path / "lib"
+    libraries.mkdir()
+    (libraries / "one.so").write_text("x")
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{libraries}:relative::/not/there")
+    program = tmp_path / "program.py"
+    program.write_text("import os; print(os.environ['LD_LIBRARY_PATH'], os.listdir(os.environ['LD_LIBRARY_PATH']))")
+    outcome = open_sandbox(_empty(tmp_path), limits=LIMITS).run(program)
+    assert outcome.output.decode() == f"{libraries} ['one.so']\n"

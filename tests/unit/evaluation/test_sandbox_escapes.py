@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -56,37 +57,50 @@ class Found:
 
 @dataclass
 class Prison:
-    """One kind of sandbox, and who runs edgetool in it."""
+    """One kind of sandbox, and who runs edgetool in it: one process for all programs."""
 
     kind: str
     user: int | None
     python: str
     place: Path
+    helper: subprocess.Popen[str] | None = None
 
     def __call__(self, program: str, **limits: Any) -> Found:
         """Run `program`; what it prints has to be JSON, if anything."""
-        with self.started(program, **limits) as process:
-            output, errors = process.communicate(timeout=90)
-        assert process.returncode == 0, errors
-        found = json.loads(output)
+        if self.helper is None or self.helper.poll() is not None:
+            self.helper = self.new_helper()
+        self.order(self.helper, program, **limits)
+        assert self.helper.stdout is not None
+        found = json.loads(self.helper.stdout.readline())
         if "refused" in found:
             pytest.skip(f"{self.kind}: {found['refused']}")
         said = found.pop("output")
         said = json.loads(said) if said.startswith(("[", "{", '"')) else said
         return Found(said, **found)
 
-    def started(self, program: str, **limits: Any) -> subprocess.Popen[str]:
+    def order(self, helper: subprocess.Popen[str], program: str, **limits: Any) -> None:
         source = self.place / "program.py"
         source.write_text(textwrap.dedent(program))
+        assert helper.stdin is not None
+        helper.stdin.write(json.dumps({"program": str(source), "limits": SMALL | limits}) + "\n")
+        helper.stdin.flush()
+
+    def new_helper(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [self.python, str(HELPER), self.kind, str(source), json.dumps(SMALL | limits)],
+            [self.python, str(HELPER), self.kind],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
             cwd="/",
             env={"PATH": os.environ["PATH"], "SECRET_OF_MINE": "hunter2"},
             **({} if self.user is None else {"user": self.user, "group": self.user, "extra_groups": []}),
         )
+
+    def close(self) -> None:
+        if self.helper is not None:
+            with self.helper:
+                self.helper.kill()
+        shutil.rmtree(self.place, ignore_errors=True)
 
 
 def _prisons() -> Iterator[Any]:
@@ -102,27 +116,33 @@ def _open(kind: str, user: int | None) -> Prison:
     python = sys.executable if user is None else python_of_anybody()
     if python is None:
         pytest.skip("no Python of 3.11 or later that an ordinary user may run")
-    import tempfile
-
     place = Path(tempfile.mkdtemp(prefix="escape-"))  # pytest's own directories are closed to other users
     place.chmod(0o777)
     return Prison(kind, user, python, place)
 
 
-@pytest.fixture(params=_prisons())
+@pytest.fixture(scope="module", params=_prisons())
 def prison(request: pytest.FixtureRequest) -> Iterator[Prison]:
     """Every kind, also the one that only limits."""
     opened = _open(*request.param)
     yield opened
-    shutil.rmtree(opened.place, ignore_errors=True)
+    opened.close()
 
 
-@pytest.fixture(params=[one for one in _prisons() if not one.id.startswith("limits")])
+@pytest.fixture(scope="module", params=[one for one in _prisons() if not one.id.startswith("limits")])
 def isolation(request: pytest.FixtureRequest) -> Iterator[Prison]:
     """Every kind that isolates."""
     opened = _open(*request.param)
     yield opened
-    shutil.rmtree(opened.place, ignore_errors=True)
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def strongest() -> Iterator[Prison]:
+    """Namespaces, as whoever runs the tests."""
+    opened = _open("namespaces", None)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
@@ -163,6 +183,25 @@ def test_a_program_that_does_no_harm_runs_and_answers(prison: Prison) -> None:
     assert found.returncode == 0 and found.ended_by is None
 
 
+def test_threads_processes_and_an_event_loop_work(prison: Prison) -> None:
+    found = prison("""
+        import asyncio, json, os, threading
+        said = []
+        thread = threading.Thread(target=said.append, args=(1,))
+        thread.start()
+        thread.join()
+        async def two():
+            await asyncio.sleep(0)
+            said.append(2)
+        asyncio.run(two())
+        if os.fork() == 0:
+            os._exit(3)
+        said.append(os.waitstatus_to_exitcode(os.wait()[1]))
+        print(json.dumps(said))
+    """)
+    assert found.said == [1, 2, 3]
+
+
 def test_a_secret_file_cannot_be_read(isolation: Prison) -> None:
     secret = isolation.place / "secret.txt"
     secret.write_text("hunter2")
@@ -181,7 +220,7 @@ def test_without_isolation_a_secret_file_is_readable_and_a_warning_says_so() -> 
     prison = _open("limits", NOBODY if os.geteuid() == 0 else None)
     (prison.place / "secret.txt").write_text("hunter2")
     found = prison(f"import json; print(json.dumps(open({str(prison.place / 'secret.txt')!r}).read()))")
-    shutil.rmtree(prison.place)
+    prison.close()
     assert found.said == "hunter2"
     assert len(found.warnings) == 1 and "it reads what this user may read" in found.warnings[0]
 
@@ -263,19 +302,17 @@ def test_an_abstract_unix_socket_cannot_be_reached(prison: Prison) -> None:
     assert found.said != "connected"
 
 
-def test_a_network_is_missing_also_where_calls_are_not_filtered() -> None:
+def test_a_network_is_missing_also_where_calls_are_not_filtered(strongest: Prison) -> None:
     from edgetool.evaluation.sandbox import Limits, Sandbox
 
-    prison = _open("namespaces", None)
-    source = prison.place / "program.py"
+    source = strongest.place / "unfiltered.py"
     with socket.create_server(("127.0.0.1", 0)) as server:
         source.write_text(f"""
 import socket, sys
 sys.exit(7 if socket.socket().connect_ex(("127.0.0.1", {server.getsockname()[1]})) else 0)
 """)
-        places = (sys.prefix, sys.base_prefix, str(prison.place))
+        places = (sys.prefix, sys.base_prefix)
         outcome = Sandbox("namespaces", places, Limits(), filtered=False).run(source)
-    shutil.rmtree(prison.place)
     assert outcome.returncode == 7, outcome
 
 
@@ -553,10 +590,8 @@ def test_a_flood_of_errors_is_not_kept(prison: Prison) -> None:
         ("import os; os.closerange(0, 256); os.execv('/bin/true', ['true'])", 0),
     ],
 )
-def test_every_way_to_end_is_told_apart(program: str, returncode: int) -> None:
-    prison = _open("namespaces", None)
-    found = prison(program)
-    shutil.rmtree(prison.place)
+def test_every_way_to_end_is_told_apart(strongest: Prison, program: str, returncode: int) -> None:
+    found = strongest(program)
     assert (found.returncode, found.ended_by) == (returncode, None)
 
 
@@ -568,7 +603,8 @@ def test_it_ends_when_edgetool_is_killed(prison: Prison) -> None:
             os.execv(sys.executable, [sys.executable, "-I", __file__, {marker!r}])
         time.sleep(60)
     """
-    with prison.started(program) as process:
+    with prison.new_helper() as process:
+        prison.order(process, program)
         until = time.monotonic() + 30
         while not _still_there(marker):
             assert time.monotonic() < until and process.poll() is None
@@ -577,9 +613,12 @@ def test_it_ends_when_edgetool_is_killed(prison: Prison) -> None:
     assert _none_left(marker)
 
 
-def test_a_sandbox_that_cannot_be_set_up_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_program_that_is_not_there_is_an_error_and_no_outcome(strongest: Prison) -> None:
     from edgetool.errors import BackendFailed
     from edgetool.evaluation.sandbox import Limits, Sandbox
 
-    with pytest.raises(BackendFailed, match=r"could not be set up.*No such file"):
-        Sandbox("namespaces", (), Limits()).run(tmp_path / "absent.py") if sys.prefix != "/usr" else None
+    nowhere = Sandbox("namespaces", (), Limits())  # a world without this Python
+    if Path(sys.prefix).is_relative_to("/usr"):
+        pytest.skip("this Python is part of the system")
+    with pytest.raises(BackendFailed, match=r"could not be set up: .*No such file"):
+        nowhere.run(HELPER)
