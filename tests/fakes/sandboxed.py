@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "src"))
 
 from edgetool.errors import EdgetoolError
-from edgetool.evaluation.sandbox import Limits, open_sandbox
+from edgetool.evaluation.sandbox import Limits
+from edgetool.evaluation.sandbox_choice import open_sandbox
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from edgetool.evaluation.answers import Answers, key_of
 from edgetool.evaluation.code_data import CodeData, CodeProblem
 from edgetool.evaluation.code_decoders import MAX_NEW_TOKENS, Coder, EndpointCoder, LoadedCoder
 from edgetool.evaluation.records import Sample, TaskScores
-from edgetool.evaluation.sandbox import Limits, Outcome, Sandbox, open_sandbox
+from edgetool.evaluation.sandbox import Limits, Outcome, Sandbox
+from edgetool.evaluation.sandbox_choice import open_sandbox
 from edgetool.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def describe(data: CodeData, limit: int | None = None) -> dict[str, Any]:
     return {
         "framework": "evalplus",
         "version": version("evalplus"),
-        "data": f"{data.path.name.partition('.jsonl')[0]}",
+        "problems": len(data.chosen(limit)),
         "data_sha256": data.sha256(limit),
         "max_new_tokens": MAX_NEW_TOKENS,
         "sanitized": True,

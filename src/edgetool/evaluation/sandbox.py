@@ -16,6 +16,7 @@ file size, descriptors and processes, and a watch over wall time, memory, disk a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -26,13 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgetool.errors import BackendFailed, BadInput, MissingDependency, ResourceUnavailable
+from edgetool.errors import BackendFailed, ResourceUnavailable
 from edgetool.evaluation import sandbox_bubblewrap as bubblewrap
-from edgetool.evaluation import sandbox_kernel as kernel
 from edgetool.evaluation.sandbox_talk import Talk
 from edgetool.evaluation.sandbox_watch import Watch
 from edgetool.process_tree import TREE_VARIABLE, carriers, send
@@ -94,7 +94,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """One way to run a program. Made by `open_sandbox`; may be used from several threads, one run each.
+    """One way to run a program. Made by `sandbox_choice.open_sandbox`; may be used from several threads, one run each.
 
     kind: of `KINDS`. readable: directories and files that programs may read besides the system's and Python's.
     warnings: what this kind leaves open, one sentence each.
@@ -201,7 +201,7 @@ class Sandbox:
         place = "/tmp" if scratch is None else str(scratch)  # noqa: S108  inside it is a file system of its own
         source = str(program.resolve())
         processes = limits.processes
-        if self.kind != "namespaces" and uid is None:
+        if uid is None and not (self.kind == "namespaces" and _counts_by_namespace()):
             processes += _threads_of(os.getuid())  # the limit counts all that this user runs
         return {
             "kind": self.kind,
@@ -260,71 +260,6 @@ class Sandbox:
                     send(one, signal.SIGKILL)
 
 
-def open_sandbox(
-    trial: Path,
-    *,
-    readable: Sequence[Path] = (),
-    limits: Limits | None = None,
-    unsafe: bool = False,
-    kinds: Sequence[str] = KINDS,
-) -> Sandbox:
-    """The strongest sandbox that works here, found by running the program `trial`, which must exit with 0.
-
-    readable: what programs need besides the system's directories and this Python. unsafe: as root, do with limits alone
-    where there is nothing better (`--unsafe-exec`). kinds: those to try, in order.
-
-    Raises BadInput where we are root and only limits are left, BackendFailed where nothing works at all, and
-    MissingDependency on another system than Linux.
-    """
-    if sys.platform != "linux":
-        raise MissingDependency("generated code is run on Linux only", "leave humaneval and mbpp out of --tasks")
-    prefixes = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1], *readable]
-    places = tuple(dict.fromkeys(str(path.absolute()) for path in prefixes if path != Path("/")))
-    as_root = os.geteuid() == 0
-    reasons: list[str] = []
-    for kind in kinds:
-        if kind == "bubblewrap" and as_root:  # root needs no help to get namespaces
-            continue
-        if kind == "limits" and as_root and not unsafe:
-            raise BadInput(
-                "as root, generated code is run in isolation only, and there is none here: " + "; ".join(reasons),
-                "run edgetool as an ordinary user, or in a container that allows namespaces "
-                "(docker run --security-opt seccomp=unconfined), or take the risk: --unsafe-exec",
-            )
-        for change_user in (True, False) if as_root and kind == "limits" else (as_root,):
-            sandbox = Sandbox(kind, places, limits or Limits(), change_user=change_user)
-            reason = _try(sandbox, trial)
-            if reason is None:
-                return replace(sandbox, warnings=_warnings(sandbox, reasons))
-            reasons.append(f"{kind}: {reason}")
-    raise BackendFailed("generated code cannot be run here: " + "; ".join(reasons))
-
-
-def _try(sandbox: Sandbox, trial: Path) -> str | None:
-    """Why the trial did not go well, or None."""
-    try:
-        outcome = sandbox.run(trial)
-    except BackendFailed as error:
-        return error.message.partition(": ")[2] or error.message
-    if outcome.returncode == 0:
-        return None
-    last = outcome.errors.strip().rpartition("\n")[2]
-    return f"the trial ended with {outcome.returncode or outcome.ended_by}" + (f" ({last})" if last else "")
-
-
-def _warnings(sandbox: Sandbox, reasons: Sequence[str]) -> tuple[str, ...]:
-    if sandbox.kind in ("namespaces", "bubblewrap"):
-        return ()
-    why = "; ".join(reasons)
-    if sandbox.kind == "landlock":
-        if kernel.landlock_version() >= 6:
-            return ()
-        return (f"generated code can send signals to your other processes (no namespaces here: {why})",)
-    network = "" if kernel.can_filter() else ", has the network"
-    who = "root" if os.geteuid() == 0 and not sandbox.change_user else "this user"
-    return (f"generated code runs with limits but without isolation: it reads what {who} may read{network} ({why})",)
-
-
 def _libraries() -> dict[str, str]:
     """Where Python's own libraries are, if that is said in the environment, as modules on clusters do."""
     return {"LD_LIBRARY_PATH": ":".join(places)} if (places := _library_places()) else {}
@@ -333,6 +268,12 @@ def _libraries() -> dict[str, str]:
 def _library_places() -> list[str]:
     places = os.environ.get("LD_LIBRARY_PATH", "").split(":")
     return [place for place in places if place.startswith("/") and place != "/" and Path(place).is_dir()]
+
+
+def _counts_by_namespace() -> bool:
+    """Whether the limit of processes counts those of a user namespace only: Linux 5.14 and later."""
+    major, minor = os.uname().release.split(".")[:2]
+    return (int(major), int("".join(itertools.takewhile(str.isdigit, minor)) or 0)) >= (5, 14)
 
 
 def _threads_of(uid: int) -> int:

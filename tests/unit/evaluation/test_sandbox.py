@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edgetool.errors import BackendFailed, BadInput
 from edgetool.evaluation import sandbox_kernel as kernel
-from edgetool.evaluation.sandbox import KINDS, Limits, Sandbox, open_sandbox
+from edgetool.evaluation.sandbox import KINDS, Limits, Sandbox
+from edgetool.evaluation.sandbox_choice import open_sandbox
 from edgetool.evaluation.sandbox_watch import machine_memory_bytes, resident_bytes
 from tests.fakes.other_user import as_root, in_a_child
 
@@ -84,8 +86,9 @@ def test_an_ordinary_user_with_closed_namespaces_gets_the_next_best_with_a_warni
     program = f"""
 import sys; sys.path.insert(0, {str(Path(kernel.__file__).parents[2])!r})
 from pathlib import Path
+from types import SimpleNamespace
 from edgetool.evaluation import sandbox_kernel as kernel
-from edgetool.evaluation.sandbox import open_sandbox
+from edgetool.evaluation.sandbox_choice import open_sandbox
 kernel.no_new_privileges(); kernel.filter_system_calls()
 Path("trial.py").write_text("")
 for kinds in (("namespaces", "bubblewrap", "landlock", "limits"), ("namespaces", "limits")):
@@ -153,6 +156,26 @@ def test_no_descriptor_is_lost(tmp_path: Path) -> None:
         with contextlib.suppress(BackendFailed):
             Sandbox("no such kind", (), LIMITS).run(tmp_path / "absent.py")
     assert _descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("release", "by_namespace"),
+    [
+        ("6.18.44-fc-v657", True),
+        ("5.14.0-503.el9", True),
+        ("5.13.19", False),
+        ("4.18.0-553.el8", False),
+        ("6.1+", True),
+    ],
+)
+def test_an_older_kernel_is_told_that_other_programs_of_the_user_count_too(
+    release: str, by_namespace: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    sandbox = Sandbox("namespaces", (), Limits(processes=10), change_user=False)
+    order = sandbox._order(tmp_path / "p.py", [], sandbox.limits, None, None, "")
+    assert (order["rlimits"]["NPROC"][0] == 10) == by_namespace
+    assert order["rlimits"]["NPROC"][0] >= 10
 
 
 def test_memory_is_read_as_the_kernel_counts_it() -> None:

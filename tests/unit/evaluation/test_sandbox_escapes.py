@@ -231,6 +231,21 @@ def test_the_environment_is_empty(prison: Prison) -> None:
     assert set(found.said) <= {"HOME", "TMPDIR", "LANG", "OPENBLAS_NUM_THREADS", "EDGETOOL_TREE", "LC_CTYPE", "PWD"}
 
 
+def test_no_open_file_of_edgetool_is_left_to_it(prison: Prison) -> None:
+    found = prison("""
+        import json, os
+        found = []
+        for number in range(4096):
+            try:
+                os.fstat(number)
+                found.append(number)
+            except OSError:
+                pass
+        print(json.dumps(found))
+    """)
+    assert found.said == [0, 1, 2]
+
+
 def test_nothing_can_be_written_outside(isolation: Prison) -> None:
     (isolation.place / "open").mkdir()
     (isolation.place / "open").chmod(0o777)
