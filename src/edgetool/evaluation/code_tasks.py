@@ -167,15 +167,16 @@ class _Work:
                 rest = iter(items)
                 try:
                     while True:
-                        for item in itertools.islice(rest, threads - len(waiting)):
-                            waiting[pool.submit(act, item)] = item
+                        if not self.stop.is_set():  # else those under way are waited for, and kept
+                            for item in itertools.islice(rest, threads - len(waiting)):
+                                waiting[pool.submit(act, item)] = item
                         if not waiting:
+                            self._heed_stop(name)
                             return
                         done, _ = wait(waiting, _LOOK_S, FIRST_COMPLETED)
                         for future in done:
                             yield waiting.pop(future), future.result()
                             bar.advance()
-                        self._heed_stop(name)
                 finally:
                     pool.shutdown(wait=True, cancel_futures=True)
 

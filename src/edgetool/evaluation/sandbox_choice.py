@@ -1,4 +1,4 @@
-"""Which sandbox a machine allows: tried out, with the reasons for what it does not, and a warning of what stays open."""
+"""Which sandbox a machine allows: tried out, with reasons for what it does not, and a warning of what stays open."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from edgetool.evaluation.code_data import CodeData, CodeProblem, find
 from edgetool.evaluation.code_tasks import judge, measure, open_code_sandbox
 from edgetool.evaluation.endpoint import Client, Endpoint
 from edgetool.evaluation.sandbox import Limits, Sandbox
-from edgetool.progress import NullProgress, RecordingProgress
+from edgetool.progress import NullProgress
 from tests.fakes.code_problems import HUMANEVAL, write_problems
 from tests.fakes.openai_server import Running, Stranger
 
@@ -216,35 +216,29 @@ def test_nothing_is_asked_or_run_a_second_time(
     assert again.seconds == 0.0
 
 
-def test_a_stop_keeps_what_was_written_and_the_next_run_goes_on(
-    sandbox: Sandbox, data: CodeData, tmp_path: Path
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_stop_keeps_what_is_under_way_and_the_next_run_goes_on(
+    concurrency: int, sandbox: Sandbox, data: CodeData, tmp_path: Path
 ) -> None:
     stop = threading.Event()
 
-    class StopsAfterTheFirst(RecordingProgress):
-        def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Any:
-            bar = super().task(name, total, unit, before)
-            if len(stranger.seen) == 0:
-                threading.Thread(target=lambda: (_until(lambda: len(stranger.seen) >= 1), stop.set())).start()
-            return bar
+    class AsksToStop(Stranger):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http" and len(self.seen) == concurrency - 1:
+                stop.set()
+            await super().__call__(scope, receive, send)
 
-    stranger = Stranger(answer=RIGHT, first_s=0.3)
+    stranger = AsksToStop(answer=RIGHT, first_s=0.2)
+    again: Any = {"chat_template": True, "concurrency": concurrency}
     with Running(stranger) as server:
         with Answers.open(tmp_path / "a.jsonl") as answers, pytest.raises(Stopped, match="all answers so far are kept"):
-            measure(data, OfServer(server.url), sandbox, answers, StopsAfterTheFirst(), chat_template=True, stop=stop)
-        asked = len(stranger.seen)
-        assert asked < 3
+            measure(data, OfServer(server.url), sandbox, answers, NullProgress(), stop=stop, **again)
+        assert len(stranger.seen) == concurrency
         with Answers.open(tmp_path / "a.jsonl") as answers:
-            scores = measure(data, OfServer(server.url), sandbox, answers, NullProgress(), chat_template=True)
+            assert len(answers) == concurrency
+            scores = measure(data, OfServer(server.url), sandbox, answers, NullProgress(), **again)
     assert len(stranger.seen) == 3
     assert scores.n == 3
-
-
-def _until(condition: Any) -> None:
-    import time
-
-    while not condition():
-        time.sleep(0.01)
 
 
 def test_a_server_that_breaks_down_keeps_what_it_has_said(sandbox: Sandbox, data: CodeData, tmp_path: Path) -> None:
