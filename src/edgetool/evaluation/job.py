@@ -15,7 +15,7 @@ from edgetool.config import Config
 from edgetool.errors import BackendFailed, BadInput, EdgetoolError, ResourceUnavailable, Stopped, VerificationFailed
 from edgetool.evaluation.compare import RESULTS_NAME, compare, read_results, write_results
 from edgetool.evaluation.dry_run import dry_run
-from edgetool.evaluation.measuring import ANSWERS_NAME, Measuring, manifest_facts
+from edgetool.evaluation.measuring import ANSWERS_NAME, DISTRIBUTIONS_NAME, Measuring, manifest_facts
 from edgetool.evaluation.plan import Plan, check_usage, make_plan, target_id
 from edgetool.evaluation.report import report_page
 from edgetool.evaluation.results import SCHEMA, document, shown
@@ -25,6 +25,7 @@ from edgetool.runs import memory_peak_bytes, refuse_overlap, stop_requests, tool
 
 LEDGER_NAME = "run.jsonl"
 REPORT_NAME = "report.html"
+_RESUMABLE = (Stopped, ResourceUnavailable, BackendFailed)
 _TOOLS = ("torch", "transformers", "lm_eval", "evalplus", "datasets", "rouge-score", "jieba", "numpy")
 
 
@@ -173,17 +174,21 @@ def _judged(result: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _kept_where_useful(out: OutputDirectory) -> Iterator[None]:
-    """Remove the partial directory of a run that fails, unless there is something to go on with.
+    """Remove the partial directory of a run that fails, unless there is something in it to go on with.
 
-    That is so when it was stopped, or the machine or a server failed; not when what was asked for cannot be done.
+    That is what an endpoint has answered, and distributions that wait to be compared; answers of checkpoints are in the
+    cache, and are found there by any run. What was asked for and cannot be done leaves nothing.
     """
     fresh = not out.resuming
     try:
         yield
     except BaseException as error:
-        resumable = isinstance(error, Stopped | ResourceUnavailable | BackendFailed) or not isinstance(
-            error, EdgetoolError
-        )
-        if fresh and not resumable:
+        hopeless = isinstance(error, EdgetoolError) and not isinstance(error, _RESUMABLE)
+        useful = any(_has_content(out.partial / name) for name in (ANSWERS_NAME, DISTRIBUTIONS_NAME))
+        if not useful or (fresh and hopeless):
             out.discard()
         raise
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)

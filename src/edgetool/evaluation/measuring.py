@@ -25,6 +25,7 @@ from edgetool.progress import Progress
 from edgetool.serving.memory import text_config
 
 ANSWERS_NAME = "answers.jsonl"
+DISTRIBUTIONS_NAME = "distributions"
 
 
 @dataclass
@@ -231,7 +232,7 @@ class Measuring:
             return None, None  # of other tokens there is nothing to compare
         vocabulary = int(text_config(original.target.checkpoint.config).get("vocab_size") or 1)
         chosen = chosen_windows(pieces, vocabulary)
-        kept = KeptDistributions(self._directory / "distributions", chosen)
+        kept = KeptDistributions(self._directory / DISTRIBUTIONS_NAME, chosen)
         identity = target_id(original.target)
         if side.name == QUANTIZED:
             return None, Against(kept, identity)

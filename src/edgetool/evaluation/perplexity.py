@@ -68,27 +68,32 @@ def measure(
     losses: list[WindowLoss] = []
     compared: list[dict[str, Any]] = []
     began = time.perf_counter()
-    with progress.task(title, text.predicted, "token", known_tokens(text, answers)) as task:
+
+    def left(index: int, window: Window) -> tuple[bool, bool, bool]:
+        """Whether the window's nll, its distributions and its divergence are still to be computed."""
+        keeping = keep is not None and index in keep.chosen and not keep.has(index)
+        wanted = against is not None and index in against.kept.chosen
+        unknown = wanted and against is not None and divergence_key(window, against.original) not in answers
+        return nll_key(window) not in answers, keeping, unknown
+
+    done = sum(window.predicted for index, window in enumerate(text.windows) if not any(left(index, window)))
+    with progress.task(title, text.predicted, "token", done) as task:
         for index, window in enumerate(text.windows):
-            nll = answers.get(nll_key(window))
-            wanted = against is not None and index in against.kept.chosen
-            found = answers.get(divergence_key(window, against.original)) if against and wanted else None
-            kept = keep is None or index not in keep.chosen or keep.has(index)
-            if nll is None or not kept or (wanted and found is None):
+            nll, keeping, unknown = left(index, window)
+            if nll or keeping or unknown:
                 logits = window_logits(load(), window)
-                if nll is None:
-                    nll = window_nll(logits, window)
-                    answers.put(nll_key(window), nll)
-                    task.advance(window.predicted)
-                if keep is not None and not kept:
+                if nll:
+                    answers.put(nll_key(window), window_nll(logits, window))
+                if keeping and keep is not None:
                     keep.write(index, logits)
-                if against is not None and wanted and found is None:
-                    found = against.kept.compared(index, logits)
-                    answers.put(divergence_key(window, against.original), found)
+                if unknown and against is not None:
+                    answers.put(divergence_key(window, against.original), against.kept.compared(index, logits))
                 answers.flush()
+                task.advance(window.predicted)
                 heed_stop()
-            losses.append(WindowLoss(nll, window.predicted))
-            compared += [found] if found is not None else []
+            losses.append(WindowLoss(float(answers.get(nll_key(window)) or 0.0), window.predicted))
+            if against is not None and index in against.kept.chosen:
+                compared.append(answers.get(divergence_key(window, against.original)) or {"kl": [], "agreed": 0})
     scores = scores_of(text, losses, time.perf_counter() - began)
     if against is None:
         return scores, None
