@@ -28,8 +28,9 @@ from edgetool.progress import Progress
 if TYPE_CHECKING:
     from edgetool.evaluation.targets import Target
 
-LIMITS = Limits(wall_s=1800.0, cpu_s=1800)
-"""EvalPlus gives each of the two sets of tests a minute at most; the reference solutions of MBPP+ take up to two."""
+LIMITS = Limits(wall_s=1800.0, cpu_s=1800, memory_bytes=9 << 30)
+"""EvalPlus gives each of the two sets of tests a minute at most; the reference solutions of MBPP+ take up to two. It
+allows a process 4 GiB, and pages that the judging process shares with the one that it judges count twice."""
 _RUNNER = Path(__file__).with_name("code_runner.py")
 _LOOK_S = 0.2
 SKIPPED = "skipped"

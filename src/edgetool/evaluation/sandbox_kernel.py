@@ -38,7 +38,18 @@ _DENIED: Mapping[str, tuple[int, int]] = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
+    "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438),
+    "pidfd_send_signal": (424, 424),
+    "process_madvise": (440, 440),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "setpriority": (141, 140),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
@@ -69,7 +80,7 @@ _DENIED: Mapping[str, tuple[int, int]] = {
     "io_uring_register": (427, 427),
     "personality": (135, 92),
 }
-_CLONE, _CLONE3 = (56, 220), (435, 435)
+_CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
 _X32_CALLS = 0x40000000
 
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
@@ -176,7 +187,9 @@ def filter_system_calls() -> None:
     for numbers in _DENIED.values():
         code += [(jump_equal, 0, 1, numbers[which]), (give, 0, 0, deny)]
     code += [(jump_equal, 0, 1, _CLONE3[which]), (give, 0, 0, absent)]
-    # the lower half of clone's first argument, which holds its flags
+    # the lower half of the first argument: for prlimit the process, of which 0 is the caller; for clone its flags
+    code += [(jump_equal, 0, 4, _PRLIMIT[which]), (load, 0, 0, 16), (jump_equal, 0, 1, 0), (give, 0, 0, allow)]
+    code += [(give, 0, 0, deny)]
     code += [(jump_equal, 0, 3, _CLONE[which]), (load, 0, 0, 16), (jump_set, 0, 1, namespaces), (give, 0, 0, deny)]
     code += [(give, 0, 0, allow)]
     program = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)

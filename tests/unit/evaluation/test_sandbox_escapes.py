@@ -493,6 +493,31 @@ def test_a_process_outside_cannot_be_traced(prison: Prison, bystander: subproces
     assert found.said == [-1, -1, -1]
 
 
+def test_limits_and_priority_of_a_process_outside_cannot_be_changed(
+    prison: Prison, bystander: subprocess.Popen[bytes]
+) -> None:
+    def settings() -> tuple[str, int]:
+        return Path(f"/proc/{bystander.pid}/limits").read_text(), os.getpriority(os.PRIO_PROCESS, bystander.pid)
+
+    before = settings()
+    found = prison(f"""
+        import json, os, resource
+        failed = 0
+        for change in (
+            lambda: resource.prlimit({bystander.pid}, resource.RLIMIT_NOFILE, (9, 9)),
+            lambda: os.setpriority(os.PRIO_PROCESS, {bystander.pid}, 19),
+        ):
+            try:
+                change()
+            except OSError:
+                failed += 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))  # its own it may
+        print(json.dumps([failed, resource.getrlimit(resource.RLIMIT_NOFILE)]))
+    """)
+    assert found.said == [2, [99, 99]]
+    assert settings() == before
+
+
 def test_it_has_no_power_and_can_gain_none(prison: Prison) -> None:
     found = prison(f"""
         import json
