@@ -15,7 +15,7 @@ from edgetool.config import Config
 from edgetool.errors import BackendFailed, BadInput, EdgetoolError, ResourceUnavailable, Stopped, VerificationFailed
 from edgetool.evaluation.compare import RESULTS_NAME, compare, read_results, write_results
 from edgetool.evaluation.dry_run import dry_run
-from edgetool.evaluation.measuring import ANSWERS_NAME, DISTRIBUTIONS_NAME, Measuring, manifest_facts
+from edgetool.evaluation.measuring import ANSWERS_NAME, DISTRIBUTIONS_NAME, Found, Measuring, manifest_facts
 from edgetool.evaluation.plan import Plan, check_usage, make_plan, target_id
 from edgetool.evaluation.report import report_page
 from edgetool.evaluation.results import SCHEMA, document, shown
@@ -66,13 +66,14 @@ def run_eval(config: Config, progress: Progress) -> dict[str, Any]:
             with disk_errors(out.partial):
                 RunLedger.open(out.partial / LEDGER_NAME, identity)
             found = Measuring(config, plan, out.partial, progress, stop).run()
-            result = _published(config, plan, out, found, identity, started)
-    return _judged({**shown(result), "output": str(settings.output), "reused": False})
+            _publish(config, plan, out, found, identity, started)
+    # as it was written: what is printed now is what a later run reads
+    return _judged({**shown(read_results(out.output)), "output": str(settings.output), "reused": False})
 
 
-def _published(
-    config: Config, plan: Plan, out: OutputDirectory, found: Any, identity: dict[str, Any], started: float
-) -> dict[str, Any]:
+def _publish(
+    config: Config, plan: Plan, out: OutputDirectory, found: Found, identity: dict[str, Any], started: float
+) -> None:
     tasks, perplexity = found.measured(plan)
     facts = {side.name: side.target.facts() for side in plan.sides}
     result = document(
@@ -104,7 +105,6 @@ def _published(
         for name in (LEDGER_NAME, ANSWERS_NAME):
             (directory / name).unlink(missing_ok=True)
     out.publish()
-    return result
 
 
 def _identity(config: Config, plan: Plan) -> dict[str, Any]:
