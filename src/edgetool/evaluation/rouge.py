@@ -22,6 +22,7 @@ from edgetool.evaluation.data_files import WrongLine, numbered_rows
 from edgetool.evaluation.harness import check_template, count_tokens
 from edgetool.evaluation.records import Sample, TaskScores
 from edgetool.evaluation.remembering import Remembering
+from edgetool.evaluation.stock_tasks import quiet
 from edgetool.progress import Progress
 
 MAX_NEW_TOKENS = 256
@@ -142,7 +143,8 @@ def measure(
         for index, row in enumerate(rows)
     ]
     asked = Remembering(lm, answers, progress, f"{title}: rouge", stop)
-    said = asked.generate_until(requests)
+    with quiet():
+        said = asked.generate_until(requests)
     scores = Scorer(cache_dir)
     samples = []
     for row, text in zip(rows, said, strict=True):

@@ -92,7 +92,7 @@ class Prison:
             stdout=subprocess.PIPE,
             text=True,
             cwd="/",
-            env={"PATH": os.environ["PATH"], "SECRET_OF_MINE": "hunter2"},
+            env={"PATH": os.environ["PATH"], "SECRET_OF_MINE": "hunter2", "TMPDIR": str(self.place)},
             **({} if self.user is None else {"user": self.user, "group": self.user, "extra_groups": []}),
         )
 
