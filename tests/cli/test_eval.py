@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from edgetool.errors import ResourceUnavailable
+from edgetool.evaluation.answers import Answers
 from edgetool.evaluation.tasks import MMLU_SUBJECTS
 from tests.fakes import code_problems, question_rows
 from tests.fakes.tiny_models import make_tiny_model
@@ -147,6 +151,34 @@ def test_a_model_against_itself_does_not_differ(evaluate: Eval) -> None:
     assert found["tasks"]["perplexity"]["kl_divergence"] < 1e-3
     assert found["tasks"]["perplexity"]["ratio"] == 1.0
     assert found["gate"]["passed"] is True
+
+
+def test_a_run_waits_for_another_that_asks_the_same_model_the_same(
+    evaluate: Eval, no_weights_later: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document(evaluate("arc_easy", "--limit", "2", against=None))
+    (answers,) = (tmp_path / "cache" / "edgetool" / "eval" / "answers").glob("*.jsonl")
+    asked = answers.read_bytes()
+    with answers.open("r+b") as other:  # the other run, which has one answer, and all when it is waited for
+        fcntl.flock(other, fcntl.LOCK_EX)
+        os.truncate(answers, asked.index(b"\n") + 1)
+        take = Answers.open
+
+        def refused_at_first(path: Path, wait_s: float = 0) -> Answers:
+            try:
+                return take(path, wait_s=wait_s)
+            except ResourceUnavailable:
+                other.seek(0)
+                other.write(asked)
+                other.flush()
+                fcntl.flock(other, fcntl.LOCK_UN)
+                raise
+
+        monkeypatch.setattr(Answers, "open", refused_at_first)
+        no_weights_later()
+        result = evaluate("arc_easy", "--limit", "2", "--overwrite", against=None)
+    assert document(result)["tasks"]["arc_easy"]["n"] == 2
+    assert "waiting for its answers" in result.stderr
 
 
 def test_a_gate_that_does_not_hold_exits_8_and_the_results_are_there(evaluate: Eval, tmp_path: Path) -> None:

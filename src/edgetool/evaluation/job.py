@@ -15,7 +15,8 @@ from edgetool.config import Config
 from edgetool.errors import BackendFailed, BadInput, EdgetoolError, ResourceUnavailable, Stopped, VerificationFailed
 from edgetool.evaluation.compare import RESULTS_NAME, compare, read_results, write_results
 from edgetool.evaluation.dry_run import dry_run
-from edgetool.evaluation.measuring import ANSWERS_NAME, DISTRIBUTIONS_NAME, Found, Measuring, manifest_facts
+from edgetool.evaluation.ledgers import ANSWERS_NAME
+from edgetool.evaluation.measuring import DISTRIBUTIONS_NAME, Found, Measuring, manifest_facts
 from edgetool.evaluation.plan import Plan, check_usage, make_plan, target_id
 from edgetool.evaluation.report import report_page
 from edgetool.evaluation.results import SCHEMA, document, shown

@@ -14,8 +14,8 @@ from typing import Any
 from edgetool.config import Config
 from edgetool.errors import Stopped
 from edgetool.evaluation import sequential
-from edgetool.evaluation.answers import Answers
-from edgetool.evaluation.plan import CACHE, ORIGINAL, QUANTIZED, Plan, Side, target_id
+from edgetool.evaluation.ledgers import Ledgers
+from edgetool.evaluation.plan import ORIGINAL, QUANTIZED, Plan, Side, target_id
 from edgetool.evaluation.questions import stride_of
 from edgetool.evaluation.records import Divergence, PerplexityScores, TaskScores
 from edgetool.evaluation.results import Measured, MeasuredPerplexity
@@ -24,7 +24,6 @@ from edgetool.evaluation.tasks import EvalTask
 from edgetool.progress import Progress
 from edgetool.serving.memory import text_config
 
-ANSWERS_NAME = "answers.jsonl"
 DISTRIBUTIONS_NAME = "distributions"
 
 
@@ -60,16 +59,18 @@ class Measuring:
         self._directory = directory
         self._progress = progress
         self._stop = stop
-        self._answers: dict[Path, Answers] = {}
+        self._ledgers = Ledgers(config.common.cache_dir, directory, progress, self._heed_stop)
         self.found = Found()
 
     def run(self) -> Found:
         """Everything. Raises any EdgetoolError; what was answered until then stays answered."""
         with contextlib.ExitStack() as held:
+            held.callback(self._ledgers.close)
             for side in self._plan.sides:
                 held.callback(side.target.release)
-                held.callback(self._ledger(side).close)
             early = [task for task in self._plan.tasks if self._may_stop_early(task)]
+            if early:
+                self._ledgers.hold(self._plan.sides)
             for task in early:
                 self._until_decided(task)
             for side in self._plan.sides:
@@ -78,6 +79,7 @@ class Measuring:
                         self._heed_stop()
                         self._one(side, task)
                 side.target.release()
+                self._ledgers.close()
         return self.found
 
     def _one(self, side: Side, task: EvalTask) -> None:
@@ -94,7 +96,7 @@ class Measuring:
             return harness.measure(
                 self._plan.stock[task.name],
                 side.target.language_model(),
-                self._ledger(side),
+                self._ledgers.of(side),
                 self._progress,
                 title=side.target.title,
                 limit=self._settings.limit,
@@ -111,7 +113,7 @@ class Measuring:
             return rouge.measure(
                 self._plan.questions.rouge,
                 side.target.language_model(),
-                self._ledger(side),
+                self._ledgers.of(side),
                 self._progress,
                 title=side.target.title,
                 cache_dir=self._config.common.cache_dir,
@@ -129,7 +131,7 @@ class Measuring:
             self._plan.questions.code[task.name],
             side.target,
             self._plan.sandbox,
-            self._ledger(side),
+            self._ledgers.of(side),
             self._progress,
             limit=self._settings.limit,
             only=only,
@@ -210,7 +212,7 @@ class Measuring:
         if other is not None and isinstance(other.target, InProcess):
             keep, against = self._divergence(side, other, pieces)
         scores, divergence = measure(
-            target.loaded, pieces, self._ledger(side), self._progress, title,
+            target.loaded, pieces, self._ledgers.of(side), self._progress, title,
             keep=keep, against=against, heed_stop=self._heed_stop,
         )  # fmt: skip
         self.found.perplexity[side.name] = scores
@@ -236,14 +238,15 @@ class Measuring:
         identity = target_id(original.target)
         if side.name == QUANTIZED:
             return None, Against(kept, identity)
-        known = divergence_known(pieces, chosen, identity, self._ledger(other))
+        with self._ledgers.glance(other) as answers:
+            known = answers is not None and divergence_known(pieces, chosen, identity, answers)
         return (None if known else kept), None
 
     def _perplexity_of_server(self, side: Side, text: str, title: str) -> PerplexityScores:
         from edgetool.evaluation.perplexity_remote import measure_text, measure_tokens
         from edgetool.evaluation.windows import cut
 
-        settings, ledger = self._settings, self._ledger(side)
+        settings, ledger = self._settings, self._ledgers.of(side)
         if getattr(side.target, "tokenizer", None) is not None:
             lm = side.target.language_model()
             pieces = cut(text, lm.tokenizer, settings.context, stride_of(settings), settings.limit, lm.max_length)
@@ -270,16 +273,6 @@ class Measuring:
             if other is not side and target.needed_bytes(context) > target.free_bytes():
                 other.target.release()
         target.check_memory(context)
-
-    def _ledger(self, side: Side) -> Answers:
-        """The answers of a side; of both where they are the same."""
-        path = self._directory / ANSWERS_NAME
-        if side.kept:
-            name = f"{target_id(side.target)}.jsonl"
-            path = self._config.common.cache_dir / CACHE / "answers" / name
-        if path not in self._answers:
-            self._answers[path] = Answers.open(path)
-        return self._answers[path]
 
     def _heed_stop(self) -> None:
         if self._stop.is_set():
