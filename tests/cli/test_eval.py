@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -207,6 +208,19 @@ def test_frameworks_mix_in_one_run(evaluate: Eval, places: Path, tmp_path: Path)
         assert len((tmp_path / "out" / "samples" / "quantized" / f"{task}.jsonl").read_text().splitlines()) == 1
 
 
+def test_people_see_the_table_and_then_that_the_gate_does_not_hold(places: Path, tmp_path: Path) -> None:
+    from edgetool.cli import app
+
+    sides = [str(places / "quantized"), "--against", str(places / "original")]
+    options = ["--tasks", "arc_easy", "--data-dir", str(places / "data"), "-o", str(tmp_path / "out"), "--offline"]
+    result = CliRunner().invoke(app, ["eval", *sides, *options, "--limit", "4", "--gate", "recovery>=1.99"])
+    assert result.exit_code == 8
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["quantized", "beside", "original"] in rows
+    assert any(row[:3] == ["arc_easy", "acc", "4"] for row in rows)
+    assert "does not hold" in result.stderr
+
+
 def test_one_model_alone_has_a_score_and_no_difference(evaluate: Eval) -> None:
     found = document(evaluate("arc_easy,perplexity", "--limit", "4", against=None))
     assert found["against"] is None
@@ -288,6 +302,19 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
 def test_a_command_without_a_model_or_tasks_is_a_usage_error(evaluate: Eval) -> None:
     assert document(evaluate("arc_easy", model=None), 2)["hint"] == "edgetool eval --help"
     assert document(evaluate(""), 2)["type"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "package"), [("arc_easy", "lm_eval"), ("humaneval", "evalplus"), ("rouge", "rouge_score")]
+)
+def test_a_package_that_is_not_installed_is_named_with_the_line_that_installs_it(
+    evaluate: Eval, monkeypatch: pytest.MonkeyPatch, tasks: str, package: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    found = document(evaluate(tasks), 5)
+    assert package in found["message"]
+    assert found["hint"] == "pip install 'edgetool[eval]'"
 
 
 def test_all_missing_data_is_named_at_once_before_anything_runs(

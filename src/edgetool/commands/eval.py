@@ -120,7 +120,11 @@ def eval(
     """
     with run(ctx) as this:
         from edgetool.commands._eval_tables import blocks
-        from edgetool.evaluation.job import run_eval
+        from edgetool.evaluation.job import gate_failure, run_eval
 
         result = run_eval(this.config, this.progress)
-        this.result(result, blocks(result))
+        failure = gate_failure(result)
+        if failure is None or not this.output.json:  # as JSON the result is in the failure's document
+            this.result(result, blocks(result))
+        if failure is not None:
+            raise failure

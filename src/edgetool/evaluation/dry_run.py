@@ -17,6 +17,7 @@ from edgetool.progress import Progress
 from edgetool.progress_lines import size
 from edgetool.serving.legality import look
 from edgetool.serving.plan import available_bytes
+from edgetool.serving.service import given_key
 
 
 def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def _sides(config: Config, progress: Progress) -> list[dict[str, Any]]:
     if settings.against is not None:
         sides.append(_checkpoint("original", settings.against, config, progress))
     if settings.endpoint is not None:
-        endpoint = connect(settings.endpoint, config.common.server_key(), settings.endpoint_model)
+        endpoint = connect(settings.endpoint, given_key(config, progress), settings.endpoint_model)
         sides.append({"side": "quantized", "model": endpoint.model, "endpoint": endpoint.url})
     else:
         sides.append(_checkpoint("quantized", str(settings.model), config, progress))

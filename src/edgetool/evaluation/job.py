@@ -33,17 +33,12 @@ _TOOLS = ("torch", "transformers", "lm_eval", "evalplus", "datasets", "rouge-sco
 def run_eval(config: Config, progress: Progress) -> dict[str, Any]:
     """Do what `config.eval` asks for; returns the result document, or {"plan": ...} for a dry run.
 
-    Raises any EdgetoolError. VerificationFailed, with the result in its details, where the gate does not hold: the
-    output is there all the same.
+    Raises any EdgetoolError; a gate that does not hold is for `gate_failure`, since the result is shown first.
     """
     settings = config.eval
     if settings.compare is not None:
-        return _judged(_compared(config))
+        return _compared(config)
     check_usage(settings)
-    if settings.threads is not None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
     if settings.dry_run:
         return {"plan": dry_run(config, progress)}
     started = time.monotonic()
@@ -52,6 +47,10 @@ def run_eval(config: Config, progress: Progress) -> dict[str, Any]:
     if not (out.output / MANIFEST_NAME).is_file():
         out.check()  # before a model is fetched for nothing
     with stop_requests() as stop:
+        if settings.threads is not None:
+            import torch
+
+            torch.set_num_threads(settings.threads)
         plan = make_plan(config, stop.is_set, progress)
         for note in (*plan.questions.notes, *(plan.sandbox.warnings if plan.sandbox else ())):
             progress.warn(note)
@@ -59,7 +58,7 @@ def run_eval(config: Config, progress: Progress) -> dict[str, Any]:
         finished = None if settings.overwrite else _finished(out.output, identity)
         if finished is not None:
             progress.note(f"{out.output} has these results already")
-            return _judged({**shown(finished), "output": str(settings.output), "reused": True})
+            return {**shown(finished), "output": str(settings.output), "reused": True}
         for side in plan.sides:
             if side.source is not None:
                 refuse_overlap(out, [side.source.path])
@@ -69,7 +68,7 @@ def run_eval(config: Config, progress: Progress) -> dict[str, Any]:
             found = Measuring(config, plan, out.partial, progress, stop).run()
             _publish(config, plan, out, found, identity, started)
     # as it was written: what is printed now is what a later run reads
-    return _judged({**shown(read_results(out.output)), "output": str(settings.output), "reused": False})
+    return {**shown(read_results(out.output)), "output": str(settings.output), "reused": False}
 
 
 def _publish(
@@ -161,16 +160,13 @@ def _compared(config: Config) -> dict[str, Any]:
     return {**shown(found), "output": None if settings.output is None else str(settings.output)}
 
 
-def _judged(result: dict[str, Any]) -> dict[str, Any]:
-    """`result` where its gate holds or there is none. Raises VerificationFailed with it where it does not."""
+def gate_failure(result: dict[str, Any]) -> VerificationFailed | None:
+    """What is to be raised after `result` of `run_eval` was shown: its gate does not hold. None where all is well."""
     gate = result.get("gate")
-    if gate and not gate["passed"]:
-        raise VerificationFailed(
-            f"the gate {gate['expression']!r} does not hold: {gate['reason']}",
-            f"the results are in {result['output']}" if result.get("output") else None,
-            result,
-        )
-    return result
+    if not gate or gate["passed"]:
+        return None
+    where = f"the results are in {result['output']}" if result.get("output") else None
+    return VerificationFailed(f"the gate {gate['expression']!r} does not hold: {gate['reason']}", where, result)
 
 
 @contextmanager

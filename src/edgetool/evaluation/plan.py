@@ -25,6 +25,7 @@ from edgetool.evaluation.sandbox import Sandbox
 from edgetool.evaluation.targets import Asking, InProcess, Remote, Target, need_template
 from edgetool.evaluation.tasks import EvalTask, find_tasks
 from edgetool.progress import Progress
+from edgetool.serving.service import given_key
 
 if TYPE_CHECKING:
     from edgetool.evaluation.stock_tasks import StockTask
@@ -64,7 +65,10 @@ class Plan:
 
 
 def check_usage(settings: EvalConfig) -> tuple[tuple[EvalTask, ...], Gate | None]:
-    """The tasks and the gate. Raises ConfigError or UsageError for what cannot mean anything; reads nothing."""
+    """The tasks and the gate; reads nothing.
+
+    Raises ConfigError or UsageError for what cannot mean anything, MissingDependency for a package that is wanted.
+    """
     if settings.model is None and settings.endpoint is None:
         raise UsageError("eval needs MODEL, or --endpoint URL", "edgetool eval --help")
     if not settings.tasks:
@@ -83,6 +87,7 @@ def check_usage(settings: EvalConfig) -> tuple[tuple[EvalTask, ...], Gate | None
             f"{scoring[0]} scores given answers, which no server does within a chat template of its own",
             "give MODEL, whose tokenizer has the template, or leave --chat-template out",
         )
+    _need_packages(tasks)
     return tasks, gate
 
 
@@ -90,7 +95,6 @@ def make_plan(config: Config, stopped: Callable[[], bool], progress: Progress) -
     """Find and check everything. Raises any EdgetoolError; nothing is measured, loaded or served yet."""
     settings = config.eval
     tasks, gate = check_usage(settings)
-    _need_packages(tasks, settings)
     questions = find_questions(config, tasks)
     sandbox = open_code_sandbox(unsafe=settings.unsafe_exec) if questions.code else None
     sides = _sides(config, tasks, stopped, progress)
@@ -99,12 +103,11 @@ def make_plan(config: Config, stopped: Callable[[], bool], progress: Progress) -
     return Plan(tasks, sides, questions, stock, profile, gate, sandbox)
 
 
-def _need_packages(tasks: tuple[EvalTask, ...], settings: EvalConfig) -> None:
-    wanted = {"torch": "eval", "transformers": "eval"}
-    names = [*wanted, *(["lm_eval"] if any(task.framework == "lm-eval" for task in tasks) else [])]
-    names += ["lm_eval"] if settings.endpoint or settings.via else []
-    names += ["evalplus"] if any(task.framework == "evalplus" for task in tasks) else []
-    names += ["rouge_score"] if any(task.kind == "rouge" for task in tasks) else []
+def _need_packages(tasks: tuple[EvalTask, ...]) -> None:
+    by_framework = {"lm-eval": ("lm_eval",), "evalplus": ("evalplus",), "edgetool": ()}
+    own = {"rouge": ("rouge_score", "jieba")}
+    names = ["torch", "transformers", "lm_eval"]  # lm-eval has the models that all tasks ask
+    names += [name for task in tasks for name in (*by_framework[task.framework], *own.get(task.kind, ()))]
     for name in names:  # found, not imported: that would cost seconds
         if importlib.util.find_spec(name) is None:
             raise MissingDependency(f"eval needs {name}, which is not installed", "pip install 'edgetool[eval]'")
@@ -189,7 +192,7 @@ def _endpoint(config: Config, tasks: tuple[EvalTask, ...], stopped: Callable[[],
     settings = config.eval
     assert settings.endpoint is not None
     source, tokenizer = (None, None) if settings.model is None else _opened(settings.model, config, progress)
-    endpoint = connect(settings.endpoint, config.common.server_key(), settings.endpoint_model)
+    endpoint = connect(settings.endpoint, given_key(config, progress), settings.endpoint_model)
     identity = {"endpoint": endpoint.url, "model": endpoint.model}
 
     def start(_: contextlib.ExitStack) -> Any:
@@ -197,8 +200,7 @@ def _endpoint(config: Config, tasks: tuple[EvalTask, ...], stopped: Callable[[],
 
     scoring = _scoring(tasks)
     target = Remote(endpoint.model, start, identity, tokenizer, _asking(settings), stopped, scores=bool(scoring))
-    if not settings.dry_run:
-        target.client()  # a server that cannot do it is refused before another hour is spent on the original
+    target.client()  # a server that cannot do it is refused before another hour is spent on the original
     return Side(QUANTIZED, target, source, kept=False)
 
 

@@ -42,20 +42,26 @@ class Key:
 
 
 def choose_key(config: Config, progress: Progress) -> Key:
-    """The key that was given, or a new one. One given as an option is taken out of what `ps` shows.
+    """The key that was given, or a new one. Raises as `given_key`."""
+    given = given_key(config, progress)
+    return Key(new_key(), True) if given is None else Key(given, False)
+
+
+def given_key(config: Config, progress: Progress) -> str | None:
+    """The key that was given, None without one. One given as an option is taken out of what `ps` shows.
 
     Raises ConfigError for a key that no client could send.
     """
     given = config.common.server_key()
     if given is None:
-        return Key(new_key(), True)
+        return None
     if not re.fullmatch(r"[\x21-\x7e]+", given):
         raise ConfigError("api_key must be printable ASCII without spaces, and at least one character")
     if config.origins.get("common.api_key") == COMMAND_LINE:
         hidden = hide_argument(given)
         state = "it is hidden now, but was to be seen at first" if hidden else "everybody on this machine can read it"
         progress.warn(f"--api-key stands in the arguments: {state}; set EDGETOOL_API_KEY instead")
-    return Key(given, False)
+    return given
 
 
 def make_plans(config: Config, progress: Progress) -> list[Plan]:
