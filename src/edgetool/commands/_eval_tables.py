@@ -56,7 +56,7 @@ def _both(result: Mapping[str, Any], tasks: Mapping[str, Any]) -> Table:
                 _points(entry["difference"]),
                 _interval(entry["ci95"]),
                 f"-{flips['lost']} +{flips['gained']}",
-                "-" if chance is None else f"{chance:.3f}",
+                "-" if chance is None else f"{chance:.3f}" if chance >= 0.001 else "<0.001",
                 "-" if entry.get("recovery") is None else f"{entry['recovery']:.4f}",
             ]
         )
