@@ -251,9 +251,9 @@ def test_the_gate_can_be_decided_before_all_questions_are_asked(evaluate: Eval, 
     import edgetool.evaluation.sequential as sequential
 
     monkeypatch.setattr(sequential, "looks", lambda population: [*range(2, population), population])
-    found = document(evaluate("mmlu", "--limit", "2", "--gate", "drop<=100pt", "--sequential"))
-    arc = found["tasks"]["mmlu"]
-    assert arc["sequential"]["questions"] == arc["n"] < arc["sequential"]["of"] == 114
+    found = document(evaluate("arc_easy", "--gate", "drop<=100pt", "--sequential"))
+    arc = found["tasks"]["arc_easy"]
+    assert arc["sequential"]["questions"] == arc["n"] < arc["sequential"]["of"] == 6
     assert found["gate"]["passed"] is True
 
 
@@ -359,3 +359,21 @@ def test_an_output_within_a_model_is_refused(evaluate: Eval, places: Path) -> No
     found = document(evaluate("arc_easy", "-o", str(places / "original" / "ev")), 4)
     assert "must not lie in one another" in found["message"]
     assert not (places / "original" / "ev.partial").exists()
+
+
+def test_the_data_directory_may_be_named_by_the_environment(places: Path, tmp_path: Path) -> None:
+    from edgetool.cli import app
+
+    (tmp_path / "eval.toml").write_text('[eval]\ndata_dir = "from-a-file"\ntasks = ["arc_easy", "mmlu"]\n')
+    shown = ["eval", "--show-config", "--json", "--config", str(tmp_path / "eval.toml")]
+    runner = CliRunner()
+
+    def data_dir(*options: str, **env: str) -> str:
+        found = document(runner.invoke(app, [*shown, *options], env=env))["config"]["eval"]
+        assert found["tasks"] == ["arc_easy", "mmlu"]
+        return str(found["data_dir"])
+
+    assert data_dir() == "from-a-file"
+    assert data_dir(EDGETOOL_DATA_DIR="shared") == "shared"
+    assert data_dir(EDGETOOL_DATA_DIR="shared", EDGETOOL_EVAL_DATA_DIR="own") == "own"
+    assert data_dir("--data-dir", "given", EDGETOOL_DATA_DIR="shared") == "given"

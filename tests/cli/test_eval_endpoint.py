@@ -185,14 +185,17 @@ def test_a_stopped_run_keeps_its_answers_and_goes_on(places: Path, tmp_path: Pat
     with Running(app) as running:
         command = [sys.executable, "-m", "edgetool"]
         command += arguments(places, tmp_path, "arc_easy", "--endpoint", running.url, "--concurrency", "1")
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with (tmp_path / "stderr").open("w") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         # the server waits in its loop, so requests of this thread would too: only the process is looked at
         assert reached.wait(300)
         process.send_signal(number)
-        time.sleep(0.5)  # the signal is handled at once; were it not, the run would end well and the test fail
+        while "stopping after the step at hand" not in (tmp_path / "stderr").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
         released.set()
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 75, err
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 75, (tmp_path / "stderr").read_text()
         assert "--resume" in json.loads(out)["hint"]
         kept = len((tmp_path / "out.partial" / "answers.jsonl").read_text().splitlines())
         before = len(app.seen)
