@@ -19,7 +19,7 @@ HUMANEVAL: list[dict[str, Any]] = [
     },
     {
         "task_id": "HumanEval/1",
-        "prompt": 'def half(value: float) -> float:\n    """Return half of value.\n\n    >>> half(3)\n    1.5\n    """\n',
+        "prompt": 'def half(value: float) -> float:\n    """Return half of value.\n\n    >>> half(3)\n    1.5\n    """\n',  # noqa: E501
         "entry_point": "half",
         "canonical_solution": "    return value / 2\n",
         "contract": "",
