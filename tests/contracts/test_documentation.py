@@ -19,7 +19,7 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-BUILT = ["quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu"]
+BUILT = ["quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "eval"]
 
 FETCH_NOTHING = {"bench", "envs", "gpus"}
 """Commands that take no model: an option that does nothing would only mislead."""
