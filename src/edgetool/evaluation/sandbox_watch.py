@@ -10,10 +10,7 @@ import os
 import time
 from pathlib import Path
 
-import psutil
-
 from edgetool.process_tree import descendants
-from edgetool.runs import available_memory_bytes
 
 _INTERVAL_S = 0.1
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -28,7 +25,7 @@ class Watch:
         self._disk_bytes = disk_bytes
         self._scratch = scratch
         self._next = time.monotonic() + _INTERVAL_S
-        total, available = psutil.virtual_memory().total, available_memory_bytes()
+        total, available = machine_memory_bytes()
         # this tree meets its own limit before it can bring the machine to that of the machine
         self._memory_bytes = min(memory_bytes, available * 3 // 4)
         self._least_available_bytes = min(total // 20, 512 << 20, available // 8)
@@ -43,7 +40,7 @@ class Watch:
         try:
             if sum(resident_bytes(process.pid) for process in descendants(self._root)) > self._memory_bytes:
                 return "memory"
-            if available_memory_bytes() < self._least_available_bytes:
+            if machine_memory_bytes()[1] < self._least_available_bytes:
                 return "machine"
             if self._scratch is not None and _disk_bytes(self._scratch) > self._disk_bytes:
                 return "disk"
@@ -68,6 +65,15 @@ def _shared_memory_bytes(pid: int) -> int:
         return 0
     _, _, rest = text.partition("RssShmem:")
     return int(rest.split()[0]) * 1024 if rest else 0
+
+
+def machine_memory_bytes() -> tuple[int, int]:
+    """Total and available memory of the machine; read here, so that a bare interpreter can run the sandbox."""
+    found = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        found[name] = int(value.split()[0]) * 1024
+    return found["MemTotal"], found.get("MemAvailable", found["MemFree"])
 
 
 def _disk_bytes(directory: Path) -> int:

@@ -11,15 +11,13 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from edgetool.errors import BackendFailed, BadInput
 from edgetool.evaluation import sandbox_kernel as kernel
 from edgetool.evaluation.sandbox import KINDS, Limits, Sandbox
 from edgetool.evaluation.sandbox_choice import open_sandbox
-from edgetool.evaluation.sandbox_watch import resident_bytes
-from edgetool.runs import available_memory_bytes
+from edgetool.evaluation.sandbox_watch import machine_memory_bytes, resident_bytes
 from tests.fakes.other_user import as_root, in_a_child
 
 LIMITS = Limits(wall_s=20)
@@ -185,7 +183,7 @@ def test_memory_is_read_as_the_kernel_counts_it() -> None:
     with_it = resident_bytes(os.getpid())
     del held
     assert 60 << 20 < with_it - resident_bytes(os.getpid()) < 68 << 20
-    total, available = psutil.virtual_memory().total, available_memory_bytes()
+    total, available = machine_memory_bytes()
     assert 0 < available < total
     assert total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
