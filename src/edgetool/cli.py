@@ -154,10 +154,7 @@ app.add_typer(envs.app, name="envs")
 app.add_typer(gpus.app, name="gpus")
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("bench")(bench.bench)
+app.command("eval")(eval.eval)
+app.command("serve-fpga", context_settings=dict(_later.ANY_ARGUMENTS))(serve_fpga.serve_fpga)
 app.command("run")(run.run_recipe)
 app.add_typer(jobs.app, name="jobs")
-for _name, _function in {
-    "eval": eval.eval,
-    "serve-fpga": serve_fpga.serve_fpga,
-}.items():
-    app.command(_name, context_settings=dict(_later.ANY_ARGUMENTS))(_function)

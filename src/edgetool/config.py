@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
 
+from edgetool.config_evaluation import EvalConfig
 from edgetool.config_models import (
     CONVERT_TARGETS,
     CompileConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "DemoConfig",
     "EnvironmentName",
     "EnvsConfig",
+    "EvalConfig",
     "GpusConfig",
     "InspectConfig",
     "JobsConfig",
@@ -96,8 +98,8 @@ class CommonConfig(Section):
 
     api_key: SecretStr | None = setting(
         None,
-        "key of the server that is started or asked (serve-gpu, bench); --api-key gives it too, but everybody on the "
-        "machine can read options in `ps`",
+        "key of the server that is started or asked (serve-gpu, bench, eval); --api-key gives it too, but everybody on "
+        "the machine can read options in `ps`",
         "a key",
         option="",
     )
@@ -120,6 +122,7 @@ class Config(Section):
     inspect: InspectConfig = Field(default_factory=InspectConfig)
     envs: EnvsConfig = Field(default_factory=EnvsConfig)
     demo: DemoConfig = Field(default_factory=DemoConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
     compile_vcu128: CompileConfig = Field(default_factory=CompileConfig)
     gpus: GpusConfig = Field(default_factory=GpusConfig)
     serve_gpu: ServeGpuConfig = Field(default_factory=ServeGpuConfig)

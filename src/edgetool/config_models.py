@@ -1,4 +1,4 @@
-"""Settings of the commands that make, change and describe models: quantize, convert, inspect, demo, compile-vcu128."""
+"""Settings of the commands that make, change, measure and describe models: quantize, convert, eval, compile-vcu128."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgetool.config_values import Count, HomePath, Section, Size, only_numbers, setting, whole
+from edgetool.config_values import Count, HomePath, Section, Size, names, only_numbers, setting, whole
 from edgetool.errors import ConfigError
 
 BackendName = Literal["native", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq"]
 _BACKENDS = ", ".join(get_args(BackendName)[:-1]) + f" or {get_args(BackendName)[-1]}"
-
-
-def _names(value: object) -> object:
-    """`a, b` is a list of two."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 def usual_format(so_far: Mapping[str, Any]) -> str:
@@ -39,7 +34,7 @@ class QuantizeConfig(Section):
     backend: BackendName = setting(
         "native", "what quantises: edgetool itself, or a tool in an environment of its own (edgetool envs)", _BACKENDS
     )
-    compare: Annotated[tuple[BackendName, ...], Field(min_length=2), BeforeValidator(_names)] | None = setting(
+    compare: Annotated[tuple[BackendName, ...], Field(min_length=2), BeforeValidator(names)] | None = setting(
         None, "backends to run one after the other on the same calibration tokens", f"two or more of {_BACKENDS}"
     )
     method: Literal["gptq", "awq", "rtn"] = setting("gptq", "how weights are rounded", "gptq, awq or rtn")

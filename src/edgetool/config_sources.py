@@ -18,8 +18,8 @@ PREFIX = "EDGETOOL_"
 COMMAND_LINE = "the command line"
 
 _YES = {"1", "true", "yes", "on", "y", "t"}
-# The first is read by the tests; edgetool sets the others for the processes that it starts (scheduler.py, leases.py,
-# process_tree.py).
+# The first is where `eval` and the tests find data; edgetool sets the others for the processes that it starts
+# (scheduler.py, leases.py, process_tree.py).
 _FOREIGN = {"EDGETOOL_DATA_DIR", "EDGETOOL_LEASE", "EDGETOOL_LEASE_FDS", "EDGETOOL_PORTS", "EDGETOOL_TREE"}
 
 Keys = Mapping[str, Sequence[str]]
@@ -60,6 +60,8 @@ def gather(
     # The hub libraries' own switch is honoured, so that one variable keeps a whole machine off the network.
     if environ.get("HF_HUB_OFFLINE", "").strip().lower() in _YES:
         settings.put("common", "offline", True, "environment variable HF_HUB_OFFLINE")
+    if environ.get("EDGETOOL_DATA_DIR"):
+        settings.put("eval", "data_dir", environ["EDGETOOL_DATA_DIR"], "environment variable EDGETOOL_DATA_DIR")
     for section, key, variable in _variables(environ, keys):
         settings.put(section, key, environ[variable], f"environment variable {variable}")
     for key, value in cli_values.items():

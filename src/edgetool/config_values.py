@@ -42,6 +42,11 @@ def pairs(value: object) -> object:
     return {name.strip(): other.strip() for name, _, other in items}
 
 
+def names(value: object) -> object:
+    """`a, b` in a variable or option is the list of two of a file."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
 def _expand_home(value: object) -> object:
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 

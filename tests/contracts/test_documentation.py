@@ -19,7 +19,8 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-BUILT = ["quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "jobs", "run"]
+BUILT = ["quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "eval"]
+BUILT += ["run", "jobs"]
 
 FETCH_NOTHING = {"bench", "envs", "gpus", "jobs", "run"}
 """Commands that take no model: an option that does nothing would only mislead."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from edgetool.fpga.hardware import VCU128
+from edgetool.pages import page, table
 
 _COLOURS = {
     "q": "#4c78a8",
@@ -83,22 +84,22 @@ def report_page(manifest: Mapping[str, Any]) -> str:
     ]
     terms = [[name.replace("_", " "), _shown(value)] for name, value in estimate["terms"].items()]
     formulas = "".join(f"<p><code>{html.escape(text)}</code></p>" for text in estimate["formulas"].values())
-    return "".join(
+    return page(
+        "edgetool compile-vcu128",
+        _STYLE,
         [
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>edgetool compile-vcu128</title>',
-            f"<style>{_STYLE}</style><h1>Compiled for the VCU128</h1>",
-            _table([], [[name, value] for name, value in facts.items()]),
+            "<h1>Compiled for the VCU128</h1>",
+            table([], [[name, value] for name, value in facts.items()]),
             "<h2>HBM</h2>",
             hbm_map(manifest),
-            _table(["each pseudo-channel", "bytes", "share"], share),
+            table(["each pseudo-channel", "bytes", "share"], share),
             f"<h2>Speed</h2><p><small>{html.escape(estimate['label'])}</small></p>",
-            _table(["context, tokens", "decode tokens/s, low", "high"], contexts),
+            table(["context, tokens", "decode tokens/s, low", "high"], contexts),
             formulas,
-            _table(["term", "value"], terms),
+            table(["term", "value"], terms),
             "<h2>Bytes read for one token, by matrix of a layer</h2>",
-            _table(["matrix", "N", "K", "bytes in all PCs"], operation_rows(manifest)),
-            "</html>\n",
-        ]
+            table(["matrix", "N", "K", "bytes in all PCs"], operation_rows(manifest)),
+        ],
     )
 
 
@@ -129,9 +130,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(_shown(item) for item in value)
     return f"{value:,.0f}" if isinstance(value, int | float) and abs(value) >= 1000 else f"{value:g}"
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headers)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"

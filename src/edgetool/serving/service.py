@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,26 @@ class Key:
 
 
 def choose_key(config: Config, progress: Progress) -> Key:
-    """The key that was given, or a new one. One given as an option is taken out of what `ps` shows.
+    """The key that was given, or a new one. Raises as `given_key`."""
+    given = given_key(config, progress)
+    return Key(new_key(), True) if given is None else Key(given, False)
+
+
+def given_key(config: Config, progress: Progress) -> str | None:
+    """The key that was given, None without one. One given as an option is taken out of what `ps` shows.
 
     Raises ConfigError for a key that no client could send.
     """
     given = config.common.server_key()
     if given is None:
-        return Key(new_key(), True)
+        return None
     if not re.fullmatch(r"[\x21-\x7e]+", given):
         raise ConfigError("api_key must be printable ASCII without spaces, and at least one character")
     if config.origins.get("common.api_key") == COMMAND_LINE:
         hidden = hide_argument(given)
         state = "it is hidden now, but was to be seen at first" if hidden else "everybody on this machine can read it"
         progress.warn(f"--api-key stands in the arguments: {state}; set EDGETOOL_API_KEY instead")
-    return Key(given, False)
+    return given
 
 
 def make_plans(config: Config, progress: Progress) -> list[Plan]:
@@ -89,12 +95,25 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
     return result
 
 
-def serve(config: Config, progress: Progress, announce: Announce) -> None:
-    """Start the servers, announce them once they are ready, and keep them until an exception ends the wait.
+@dataclass(frozen=True)
+class Started:
+    """Servers that are ready, and what keeps and describes them. documents: as in the result, without the key."""
+
+    servers: list[Server]
+    documents: list[dict[str, Any]]
+    key: Key
+    record: Record
+    interpreters: Interpreters
+    registry: Registry
+
+
+@contextlib.contextmanager
+def started(config: Config, progress: Progress) -> Iterator[Started]:
+    """Start the servers and wait until they are ready; at the end of the block nothing of them is left.
 
     Raises:
         BadInput, ConfigError, MissingDependency, ResourceUnavailable: refused before anything was started.
-        BackendFailed: an engine ended, and was not to be started again.
+        BackendFailed: an engine did not start.
         VerificationFailed: a model starts but does not speak.
     """
     settings = config.serve_gpu
@@ -112,7 +131,7 @@ def serve(config: Config, progress: Progress, announce: Announce) -> None:
         record = registry.claim(
             settings.name or _as_name(plans[0].served_model_name),
             exact=settings.name is not None,
-            model=settings.model,
+            model=str(settings.model),
             engine=settings.engine,
             device=plans[0].device,
         )
@@ -122,8 +141,17 @@ def serve(config: Config, progress: Progress, announce: Announce) -> None:
         ]
         documents = [_document(server, record, number) for number, server in enumerate(servers)]
         registry.ready(record, documents, _segments(servers))
-        announce(_result(documents, key))
-        _keep(servers, record, interpreters, registry, progress)
+        yield Started(servers, documents, key, record, interpreters, registry)
+
+
+def serve(config: Config, progress: Progress, announce: Announce) -> None:
+    """Start the servers, announce them once they are ready, and keep them until an exception ends the wait.
+
+    Raises as `started`, and BackendFailed where an engine ended and was not to be started again.
+    """
+    with started(config, progress) as ready:
+        announce(_result(ready.documents, ready.key))
+        _keep(ready.servers, ready.record, ready.interpreters, ready.registry, progress)
 
 
 def _start(
