@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgetool.artifacts import MANIFEST_NAME, disk_errors, write_manifest
+from edgetool.artifacts import MANIFEST_NAME, atomic_write, disk_errors
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.runs import tool_versions
 
@@ -75,17 +75,15 @@ class RunRecord:
 
     def write(self) -> None:
         """Replace the record; a crash leaves the old one or the new one."""
-        with disk_errors(self.directory):
-            write_manifest(
-                self.directory,
-                {
-                    "schema": SCHEMA,
-                    "steps": self.steps,
-                    "begun": self.begun,
-                    "failed_gates": self.failed_gates,
-                    "tools": tool_versions(),
-                },
-            )
+        document = {
+            "schema": SCHEMA,
+            "steps": self.steps,
+            "begun": self.begun,
+            "failed_gates": self.failed_gates,
+            "tools": tool_versions(),
+        }
+        # keys keep the order that the commands gave them, so that a report made from the record is the same
+        atomic_write(self.directory / MANIFEST_NAME, json.dumps(document, indent=2).encode() + b"\n")
 
 
 @contextlib.contextmanager

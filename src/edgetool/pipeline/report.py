@@ -84,6 +84,8 @@ def _short_eval(found: Mapping[str, Any]) -> list[str]:
 
 
 def _short_image(found: Mapping[str, Any]) -> list[str]:
+    if "estimate" not in found:
+        return []
     low, high = found["estimate"]["decode_tokens_per_s"]
     return [f"{low:g} to {high:g} tokens/s (an estimate)", f"context {found['max_context']:,}"]
 

@@ -1,0 +1,586 @@
+"""`edgetool run`: order, skipping, resuming, the ladder, failures, servers; its steps are stand-ins (fake_steps.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from tests.fakes import fake_steps
+
+RECIPE = """
+[run]
+model = "model"
+output = "out"
+ladder = [{ group_size = 64 }, { method = "awq" }]
+
+[steps.quantize]
+command = "quantize"
+group_size = 128
+
+[steps.eval]
+command = "eval"
+from = "quantize"
+against = { from = "model" }
+tasks = "perplexity"
+gate = "ratio<=1.05"
+
+[steps.image]
+command = "compile-vcu128"
+from = "quantize"
+
+[steps.serve]
+command = "serve-gpu"
+from = "quantize"
+ask = "What is <the> capital?"
+ask_tokens = 5
+"""
+
+
+class Run:
+    """A directory with a model and a recipe, and edgetool run in it."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        self.out = directory / "out"
+        self.monkeypatch = monkeypatch
+        (directory / "model").mkdir()
+        (directory / "model" / "weights").write_text("original")
+        (directory / "r.toml").write_text(RECIPE)
+        monkeypatch.chdir(directory)
+        monkeypatch.setenv("FAKE_CALLS", str(directory / "calls"))
+        monkeypatch.setattr("edgetool.pipeline.child.PROGRAM", fake_steps.PROGRAM)
+
+    def __call__(self, *arguments: str, steps: str = "", group: int = 128) -> Any:
+        from edgetool.cli import app
+
+        self.monkeypatch.setenv("FAKE_STEPS", steps)
+        self.monkeypatch.setenv("FAKE_GROUP", str(group))
+        return CliRunner().invoke(app, ["run", *(arguments or ("r.toml",)), "--json"])
+
+    def states(self, *arguments: str, **how: Any) -> dict[str, str]:
+        """Step -> state of a run that succeeds."""
+        result = self(*arguments, **how)
+        assert result.exit_code == 0, result.output
+        return states_of(json.loads(result.stdout))
+
+    def edit(self, old: str, new: str) -> None:
+        path = self.directory / "r.toml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    def calls(self) -> list[str]:
+        """The command lines since the last call of this."""
+        path = self.directory / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+
+def states_of(document: dict[str, Any]) -> dict[str, str]:
+    return {step["name"]: step["state"] for step in document["steps"]}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(tmp_path, monkeypatch)
+
+
+def test_steps_run_in_order_each_on_the_output_it_names(run: Run) -> None:
+    document = json.loads(run().stdout)
+    assert (document["schema"], document["ok"], document["rung"]) == ("edgetool.run/1", True, 0)
+    assert set(states_of(document).values()) == {"done"}
+    calls = run.calls()
+    assert [call.split(" --json")[0] for call in calls] == [
+        "quantize model -o out/quantize --group-size 128",
+        "eval out/quantize -o out/eval --against model --tasks perplexity --gate ratio<=1.05",
+        "compile-vcu128 out/quantize -o out/image",
+        "serve-gpu out/quantize --port 0",
+    ]
+    assert all(call.endswith("--json --progress json") for call in calls)
+    assert [" ".join(step["command"]) for step in document["steps"]] == [
+        "edgetool " + call.split(" --json")[0] for call in calls
+    ]
+    served = document["steps"][3]["result"]["asked"]
+    assert (served["question"], served["answer"], served["tokens"]) == ("What is <the> capital?", "Paris <b>", 5)
+
+
+def test_a_second_run_changes_nothing_and_starts_nothing(run: Run) -> None:
+    run()
+    run.calls()
+    before = {path: path.stat().st_mtime_ns for path in run.out.rglob("*")}
+    assert set(run.states().values()) == {"unchanged"}
+    assert run.calls() == []
+    assert {path: path.stat().st_mtime_ns for path in run.out.rglob("*")} == before
+
+
+def test_an_unchanged_run_needs_no_heavy_import(run: Run) -> None:
+    run()
+    script = (
+        "import sys\nfrom edgetool.cli import app\ntry:\n    app(['run', 'r.toml', '--json'])\n"
+        "except SystemExit as leaving:\n    assert not leaving.code\n"
+        "heavy = [n for n in ['torch', 'transformers', 'numpy', 'httpx', 'edgetool.quantizers'] if n in sys.modules]\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert set(states_of(json.loads(result.stdout)).values()) == {"unchanged"}
+
+
+CHANGES: dict[str, tuple[Callable[[Run], object], set[str]]] = {
+    "a setting of a late step": (lambda run: run.edit("ask_tokens = 5", "max_model_len = 64"), {"serve"}),
+    "a setting of the first step": (
+        lambda run: run.edit("group_size = 128", "group_size = 32"),
+        {"quantize", "eval", "image", "serve"},
+    ),
+    "the model": (
+        lambda run: (run.directory / "model" / "weights").write_text("another"),
+        {"quantize", "eval", "image", "serve"},
+    ),
+    "a file of an output": (lambda run: (run.out / "image" / "weights").write_text("tampered"), {"image"}),
+    "an output is gone": (lambda run: (run.out / "eval").rename(run.directory / "moved"), {"eval"}),
+    "a file more in an output": (lambda run: (run.out / "eval" / "more").write_text(""), {"eval"}),
+    # made again, its content is the same, so what follows stays
+    "the time of an output": (lambda run: os.utime(run.out / "quantize" / "weights"), {"quantize"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_change_touches_runs_again_and_nothing_else(run: Run, change: str) -> None:
+    run()
+    run.calls()
+    make, expected = CHANGES[change]
+    make(run)
+    assert {name for name, state in run.states().items() if state == "done"} == expected
+    assert len(run.calls()) == len(expected)
+    assert set(run.states().values()) == {"unchanged"}
+
+
+def test_a_variable_of_the_environment_counts_like_a_setting(run: Run) -> None:
+    run()
+    run.monkeypatch.setenv("EDGETOOL_COMPILE_VCU128_MAX_CONTEXT", "64")
+    assert {name for name, state in run.states().items() if state == "done"} == {"image"}
+
+
+def test_a_configuration_file_holds_for_the_steps_too(run: Run) -> None:
+    run()
+    run.calls()
+    (run.directory / "c.toml").write_text("[compile_vcu128]\nmax_context = 64\n")
+    states = run.states("r.toml", "--config", "c.toml")
+    assert {name for name, state in states.items() if state == "done"} == {"image"}
+    assert run.calls() == [
+        "compile-vcu128 out/quantize -o out/image --config c.toml --overwrite --json --progress json"
+    ]
+
+
+def test_a_calibration_file_that_changes_is_another_input(run: Run) -> None:
+    text = run.directory / "text.txt"
+    text.write_text("one")
+    run.edit("group_size = 128", 'group_size = 128\ncalib = "text.txt"')
+    run()
+    assert run.states()["quantize"] == "unchanged"
+    text.write_text("two, and longer")
+    assert run.states()["quantize"] == "done"
+
+
+def test_bytes_that_changed_behind_the_back_of_the_clock_are_found_by_verify(run: Run) -> None:
+    run()
+    path = run.out / "image" / "weights"
+    before = path.stat()
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run.states()["image"] == "unchanged"
+    assert run.states("r.toml", "--verify")["image"] == "done"
+
+
+def test_the_ladder_is_climbed_until_the_gate_holds(run: Run) -> None:
+    result = run(group=64)
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert document["rung"] == 1
+    assert [(one["rung"], one["passed"]) for one in document["attempts"]] == [(0, False), (1, True)]
+    assert document["attempts"][0]["reason"] == "ratio of group 128"
+    groups = [re.search(r"--group-size (\d+)", call) for call in run.calls() if call.startswith("quantize")]
+    assert [match and match[1] for match in groups] == ["128", "64"]
+    assert "next rung: group_size 64" in result.stderr
+
+
+def test_a_rung_keeps_what_those_before_it_changed(run: Run) -> None:
+    run(group=32)
+    last = [call for call in run.calls() if call.startswith("quantize")][-1]
+    assert "--group-size 64" in last and "--method awq" in last
+
+
+def test_rungs_that_failed_are_not_tried_again(run: Run) -> None:
+    run(group=64)
+    run.calls()
+    result = run(group=64)
+    assert set(states_of(json.loads(result.stdout)).values()) == {"unchanged"}
+    assert json.loads(result.stdout)["rung"] == 1
+    assert run.calls() == []
+
+
+def test_a_gate_that_holds_nowhere_ends_with_8_and_a_report_again_and_again(run: Run) -> None:
+    for expected_calls in (6, 0):
+        result = run(group=1)
+        document = json.loads(result.stdout)
+        assert result.exit_code == 8
+        assert document["type"] == "VerificationFailed"
+        assert "on none of 3 rungs" in document["message"] and "ratio of group 64" in document["message"]
+        assert states_of(document)["eval"] == "failed" and states_of(document)["image"] == "waiting"
+        assert len(document["attempts"]) == 3 and document["rung"] is None
+        assert "ratio of group 128" in (run.out / "report.html").read_text()
+        assert len(run.calls()) == expected_calls
+
+
+def test_another_gate_is_asked_anew(run: Run) -> None:
+    run(group=1)
+    run.edit("ratio<=1.05", "ratio<=1.5")
+    assert run.states()["eval"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "kind", "said"),
+    [
+        ("fail", 4, "BadInput", "step image: what was wrong"),
+        ("bug", 7, "BackendFailed", "step image: ValueError: a bug"),
+        ("kill", 7, "BackendFailed", "killed by SIGKILL"),
+        ("garbage", 7, "BackendFailed", "ended without a result"),
+    ],
+)
+def test_a_step_that_fails_ends_the_run_with_its_reason(
+    run: Run, trouble: str, code: int, kind: str, said: str
+) -> None:
+    result = run(steps=f"compile-vcu128={trouble}")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["type"], document["ok"]) == (code, kind, False)
+    assert said in document["message"]
+    assert "image.log" in f"{document['message']} {document['hint']}"
+    assert states_of(document) == {"quantize": "done", "eval": "done", "image": "failed", "serve": "waiting"}
+    assert run.states() == {"quantize": "unchanged", "eval": "unchanged", "image": "done", "serve": "done"}
+
+
+@pytest.mark.parametrize(("trouble", "said"), [("mute", "with nothing"), ("fail", "what was wrong")])
+def test_a_server_that_does_not_answer_fails_its_step(run: Run, trouble: str, said: str) -> None:
+    result = run(steps=f"serve-gpu={trouble}")
+    document = json.loads(result.stdout)
+    assert said in document["message"] and result.exit_code in (4, 7)
+    assert states_of(document)["serve"] == "failed"
+
+
+def test_keys_are_in_no_file_and_no_command_line(run: Run) -> None:
+    run.monkeypatch.setenv("EDGETOOL_API_KEY", "sesame")
+    result = run()
+    assert result.exit_code == 0
+    assert "sesame" not in result.output + "".join(run.calls())
+    for path in run.out.rglob("*"):
+        assert not path.is_file() or b"sesame" not in path.read_bytes(), path
+
+
+def start(run: Run, *arguments: str, steps: str = "") -> subprocess.Popen[str]:
+    """edgetool run as a real process."""
+    return subprocess.Popen(
+        [*fake_steps.PROGRAM, "edgetool", "run", "r.toml", "--json", *arguments],
+        env={**os.environ, "FAKE_STEPS": steps, "FAKE_GROUP": "128", "RUN_MARK": str(run.directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def marked(run: Run) -> list[int]:
+    """Live processes of the run, found without edgetool."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RUN_MARK") == str(run.directory) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_step_is_gone_on_with(run: Run, number: signal.Signals) -> None:
+    process = start(run, steps="quantize=stop")
+    wait_for((run.out / "quantize.partial" / "half").is_file, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    document = json.loads(output)
+    assert (process.returncode, document["type"]) == (75, "Stopped")
+    assert document["hint"] == "edgetool run r.toml"
+    assert states_of(document)["quantize"] == "stopped"
+    assert marked(run) == []
+    run.calls()
+    again = json.loads(run(steps="quantize=stop").stdout)
+    assert again["steps"][0]["result"]["resumed"] is True
+    assert "--resume" in run.calls()[0]
+
+
+def test_an_unfinished_step_of_other_settings_is_started_again(run: Run) -> None:
+    process = start(run, steps="quantize=stop")
+    wait_for((run.out / "quantize.partial" / "half").is_file, process)
+    process.terminate()
+    process.communicate(timeout=60)
+    run.edit("group_size = 128", "group_size = 32")
+    run.calls()
+    assert json.loads(run().stdout)["steps"][0]["result"]["resumed"] is False
+    assert "--overwrite" in run.calls()[0]
+
+
+def test_a_killed_run_takes_its_step_along_and_can_be_gone_on_with(run: Run) -> None:
+    process = start(run, steps="quantize=stop")
+    wait_for((run.out / "quantize.partial" / "half").is_file, process)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while marked(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(run().stdout)["steps"][0]["result"]["resumed"] is True
+
+
+def test_two_runs_into_one_directory_do_not_meet(run: Run) -> None:
+    process = start(run, steps="quantize=stop")
+    wait_for((run.out / "quantize.partial" / "half").is_file, process)
+    try:
+        result = run()
+        assert result.exit_code == 6
+        assert "another edgetool run is at work" in json.loads(result.stdout)["message"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_serve_leaves_the_server_running_until_it_is_stopped(run: Run) -> None:
+    import httpx
+
+    process = start(run, "--serve")
+    assert process.stdout is not None
+    text = ""
+    while not text.endswith("\n}\n"):
+        text += process.stdout.readline()
+        assert process.poll() is None or text, process.communicate()
+    document = json.loads(text)
+    server = document["server"]
+    body = {"max_tokens": 3}
+    address = f"{server['openai_base_url']}/chat/completions"
+    answer = httpx.post(address, json=body, headers={"Authorization": f"Bearer {server['api_key']}"})
+    assert answer.status_code == 200
+    assert httpx.post(address, json=body, headers={"Authorization": "Bearer x"}).status_code == 401
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert marked(run) == []
+    assert server["api_key"] not in "".join(path.read_text() for path in run.out.rglob("*") if path.is_file())
+
+
+def test_a_server_that_ends_by_itself_ends_serve_with_7(run: Run) -> None:
+    process = start(run, "--serve", steps="serve-gpu=end")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert "step serve ended" in errors
+    assert json.loads(output)["ok"] is True  # it had been ready, and said so
+
+
+def test_the_plan_shows_every_step_and_writes_nothing(run: Run) -> None:
+    before = sorted(run.directory.rglob("*"))
+    plan = json.loads(run("r.toml", "--dry-run").stdout)["plan"]
+    assert [(step["name"], step["state"]) for step in plan["steps"]] == [
+        ("quantize", "to run"),
+        ("eval", "after quantize"),
+        ("image", "after quantize"),
+        ("serve", "after quantize"),
+    ]
+    assert (plan["memory_bytes"], plan["disk_bytes"]) == (1000, 500)
+    assert plan["steps"][1]["input_bytes"] == 100
+    assert plan["ladder"] == [{"group_size": 64}, {"method": "awq"}]
+    run.calls()
+    assert sorted(run.directory.rglob("*")) == before
+    run()
+    assert {step["state"] for step in json.loads(run("r.toml", "--dry-run").stdout)["plan"]["steps"]} == {"unchanged"}
+
+
+class Page(HTMLParser):
+    """Texts of a page, and that every tag is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "use"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("href", "src"):
+                self.links.append(str(value))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_report_has_each_number_under_the_command_it_came_from(run: Run) -> None:
+    run(group=64)
+    page = Page()
+    page.feed((run.out / "report.html").read_text())
+    assert page.open == []
+    text = "\n".join(page.texts)
+    for part in (
+        "edgetool quantize model -o out/quantize --group-size 64",
+        "ratio of group 128",
+        "20",
+        "21",
+        "1 to 1.25",
+        "50.5 to 60.5",
+        "What is <the> capital?",
+        "Paris <b>",
+        "edgetool serve-gpu out/quantize",
+        "[steps.quantize]",
+        "something to know",
+    ):
+        assert part in text, part
+    assert text.index("edgetool eval out/quantize") < text.index("1 to 1.25") < text.index("edgetool compile-vcu128")
+    assert "pc-image" in page.ids and page.links == ["#pc-image"]
+
+
+WRONG = {
+    'command = "quantize"': ('command = "quantise"', "command 'quantise'", "did you mean 'quantize'?"),
+    "group_size = 128": ("group_siz = 128", "unknown key 'group_siz' in [steps.quantize] of r.toml", "'group_size'"),
+    'tasks = "perplexity"': ('tasks = "perplexity"\nspeed = 3', "unknown key 'speed'", "did you mean"),
+    'from = "quantize"\nagainst': ('from = "image"\nagainst', "from 'image' of [steps.eval]", "one of model, quantize"),
+    "ask_tokens = 5": ("ask_tokens = 0", "ask_tokens", ""),
+    "[steps.image]": ("[steps.model]", "a step cannot be called 'model'", ""),
+    "{ group_size = 64 }": ("{ groups = 64 }", "unknown key 'groups' in ladder", "'group_size'"),
+    'output = "out"\nladder': ('output = "out"\nladders', "unknown key 'ladders' in [run]", "'ladder'"),
+    "[run]": ("[runs]", "unknown key 'runs' in r.toml", "'run'"),
+    'gate = "ratio<=1.05"': ("", "climbed when a gate fails", "gate ="),
+    "ask = ": ("port = 1\ndetach = true\nask = ", "'detach' in [steps.serve]", "leave it out"),
+    'command = "compile-vcu128"\nfrom = "quantize"': (
+        'command = "compile-vcu128"',
+        "does not say what it works on",
+        "add from",
+    ),
+    "[steps.quantize]": ("[[steps.quantize]]", "must be a table", ""),
+    'model = "model"': ("model = 3", "model in [run]", ""),
+    "RECIPE": ("= nonsense", "is not TOML", "--show-recipe"),
+}
+
+
+@pytest.mark.parametrize("old", WRONG)
+def test_a_recipe_that_cannot_be_run_is_refused_before_anything_runs(run: Run, old: str) -> None:
+    new, said, hint = WRONG[old]
+    if old == "RECIPE":
+        (run.directory / "r.toml").write_text(new)
+    else:
+        run.edit(old, new)
+    result = run()
+    document = json.loads(result.stdout)
+    assert result.exit_code == 3, document
+    assert said in document["message"], document["message"]
+    assert hint in (document["hint"] or "")
+    assert run.calls() == [] and not run.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("group_size = 128", "group_size = 100"), ("{ group_size = 64 }", "{ group_size = 100 }")]
+)
+def test_a_value_that_cannot_be_used_names_the_step(run: Run, old: str, new: str) -> None:
+    run.edit(old, new)
+    result = run()
+    assert result.exit_code == 3
+    assert "group_size 100 (given by [steps.quantize] of r.toml)" in json.loads(result.stdout)["message"]
+    assert run.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("missing.toml",), 3, "cannot read the recipe missing.toml"),
+        (("demo",), 2, "'demo' is no recipe"),
+        (("demo", "--preset", "smok", "-o", "x"), 3, "smoke"),
+        (("demo", "--preset", "smoke"), 2, "run needs --output"),
+        (("r.toml", "-o", "model"), 4, "was not written by edgetool run"),
+        (("r.toml", "-o", "r.toml"), 4, "was not written by edgetool run"),
+    ],
+)
+def test_what_cannot_be_run_says_what_to_type(run: Run, arguments: tuple[str, ...], code: int, said: str) -> None:
+    result = run(*arguments)
+    document = json.loads(result.stdout)
+    assert (result.exit_code, run.calls()) == (code, [])
+    assert said in document["message"] and document["hint"]
+    assert sorted(path.name for path in (run.directory / "model").iterdir()) == ["weights"]
+
+
+def test_without_a_recipe_help_is_near(run: Run) -> None:
+    from edgetool.cli import app
+
+    result = CliRunner().invoke(app, ["run"])
+    assert result.exit_code == 2
+    assert "edgetool run demo --preset smoke -o runs/smoke" in result.stderr
+
+
+def test_serve_needs_a_step_that_serves(run: Run) -> None:
+    recipe = RECIPE[: RECIPE.index("[steps.serve]")]
+    (run.directory / "r.toml").write_text(recipe)
+    assert run("r.toml", "--serve").exit_code == 2
+
+
+@pytest.mark.parametrize("preset", ["gpu"])
+def test_a_preset_shown_is_a_recipe_that_runs(run: Run, preset: str) -> None:
+    from edgetool.cli import app
+
+    shown = CliRunner().invoke(app, ["run", "model", "--preset", preset, "--show-recipe"])
+    assert shown.exit_code == 0
+    (run.directory / "mine.toml").write_text(shown.stdout)
+    states = run.states("mine.toml", "--model", "model", "-o", "mine")
+    assert set(states.values()) == {"done"}
+    assert set(run.states("model", "--preset", preset, "-o", "other").values()) == {"done"}
+
+
+def test_the_result_is_a_table_for_people(run: Run) -> None:
+    from edgetool.cli import app
+
+    result = CliRunner().invoke(app, ["run", "r.toml"])
+    assert result.exit_code == 0
+    for part in ("quantize", "done", "gate holds", "report: ", "to serve it: edgetool serve-gpu out/quantize"):
+        assert part in result.stdout
+    for line in ("quantize: running", "quantize: work: 0 of 2 layers", "quantize: quantize at work", "serve: done"):
+        assert line in result.stderr
+    assert "a library talks" not in result.stderr
+    assert "a library talks" in (run.out / "logs" / "quantize.log").read_text()
+
+
+def test_progress_as_json_names_the_step_of_each_event(run: Run) -> None:
+    result = run("r.toml", "--progress", "json")
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    assert {event.get("state") for event in events if event["event"] == "step"} == {"running", "done"}
+    assert {event["step"] for event in events if event["event"] == "progress"} == {"quantize", "eval", "image", "serve"}
