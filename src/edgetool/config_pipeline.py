@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,11 @@ from pydantic import BeforeValidator, Field
 from edgetool.config_values import Count, Duration, HomePath, Section, only_numbers, setting
 
 JobNumber = Annotated[int, BeforeValidator(only_numbers), Field(ge=1)]
+
+
+def _listed(value: object) -> object:
+    """In a variable, several are written as arguments in a shell."""
+    return shlex.split(value) if isinstance(value, str) else value
 
 
 class RunConfig(Section):
@@ -22,6 +28,13 @@ class RunConfig(Section):
     model: str | None = setting(None, "model to start from, in place of the recipe's", "a model")
     output: HomePath | None = setting(
         None, "directory with a directory for each step, in place of the recipe's; run again, it goes on", "a directory"
+    )
+    changes: Annotated[tuple[str, ...], BeforeValidator(_listed)] = setting(
+        (),
+        "settings of steps in place of the recipe's; in a variable with spaces between them",
+        "settings such as quantize.group_size=64",
+        option="--set",
+        key="set",
     )
     serve: bool = setting(False, "leave what the last step serves running, until it is stopped", "true or false")
     verify: bool = setting(

@@ -584,3 +584,28 @@ def test_progress_as_json_names_the_step_of_each_event(run: Run) -> None:
     events = [json.loads(line) for line in result.stderr.splitlines()]
     assert {event.get("state") for event in events if event["event"] == "step"} == {"running", "done"}
     assert {event["step"] for event in events if event["event"] == "progress"} == {"quantize", "eval", "image", "serve"}
+
+
+def test_settings_of_a_recipe_are_changed_on_the_command_line(run: Run) -> None:
+    changes = ("--set", "quantize.group_size=32", "--set", "quantize.method=awq", "--set", 'eval.gate="ratio<=1.5"')
+    document = json.loads(run("r.toml", *changes).stdout)
+    assert "--group-size 32 --method awq" in run.calls()[0]
+    assert document["recipe"].startswith("r.toml, quantize.group_size=32")
+    assert set(run.states("r.toml", *changes).values()) == {"unchanged"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("group_size=64", "cannot be read"),
+        ("quantise.bits=4", "no step 'quantise'"),
+        ("quantize.bit=4", "unknown key 'bit'"),
+        ("quantize.output=x", "set by the run itself"),
+        ("quantize.bits=five", "bits 'five'"),
+    ],
+)
+def test_a_change_that_fits_no_step_is_refused(run: Run, change: str, said: str) -> None:
+    result = run("r.toml", "--set", change)
+    assert result.exit_code == 3
+    assert said in json.loads(result.stdout)["message"]
+    assert json.loads(result.stdout)["hint"]

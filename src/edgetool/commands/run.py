@@ -32,6 +32,10 @@ def run_recipe(
         str | None,
         Option("--output", "-o", metavar="DIR", help="Directory of the run; what is done there is not done again."),
     ] = None,
+    set: Annotated[
+        list[str] | None,
+        Option("--set", metavar="STEP.KEY=VALUE", help="A setting of a step in place of the recipe's; several times."),
+    ] = None,
     serve: Annotated[bool | None, Option("--serve", help="Leave what the last step serves running.")] = None,
     verify: Annotated[
         bool | None, Option("--verify", help="Hash outputs again before they count as unchanged.")

@@ -37,9 +37,9 @@ def recipe_of(config: Config) -> Recipe:
             "run needs a RECIPE, or a MODEL and --preset", "edgetool run demo --preset smoke -o runs/smoke"
         )
     if settings.preset is not None:
-        recipe = replace(preset(settings.preset), model=settings.target)
+        recipe = replace(preset(settings.preset, settings.changes), model=settings.target)
     elif settings.target.endswith(".toml"):
-        recipe = read_recipe(Path(settings.target).expanduser())
+        recipe = read_recipe(Path(settings.target).expanduser(), settings.changes)
     else:
         raise UsageError(
             f"{settings.target!r} is no recipe (a .toml file), and a model needs --preset",
@@ -139,4 +139,6 @@ def again(config: Config, config_file: Path | None) -> str:
     given = {"--preset": settings.preset, "--model": settings.model, "-o": settings.output, "--config": config_file}
     for option, value in given.items():
         words += [] if value is None else [option, str(value)]
+    for change in settings.changes:
+        words += ["--set", change]
     return shlex.join([*words, *(["--serve"] if settings.serve else [])])

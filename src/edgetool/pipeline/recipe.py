@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -85,8 +85,8 @@ class Recipe:
         )
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file.
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file. changes: settings in place of its own, such as `quantize.group_size=64`.
 
     Raises:
         ConfigError: the file cannot be read, or says what cannot be done; the nearest name is named.
@@ -98,16 +98,16 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}", hint) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the recipe {path} is no text in UTF-8") from error
-    return parse_recipe(text, str(path))
+    return parse_recipe(text, str(path), changes)
 
 
-def preset(name: str) -> Recipe:
-    """A recipe of edgetool's own."""
+def preset(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe of edgetool's own, changed as in `read_recipe`."""
     text = resources.files("edgetool.pipeline.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return parse_recipe(text, f"preset {name}")
+    return parse_recipe(text, f"preset {name}", changes)
 
 
-def parse_recipe(text: str, name: str) -> Recipe:
+def parse_recipe(text: str, name: str, changes: Sequence[str] = ()) -> Recipe:
     """As `read_recipe`; `name` is where the text comes from."""
     try:
         document = tomllib.loads(text)
@@ -121,11 +121,29 @@ def parse_recipe(text: str, name: str) -> Recipe:
             raise ConfigError(f"{key} in [run] of {name} is {table[key]!r}, and must be a text")
     if not steps:
         raise ConfigError(f"{name} has no steps", 'add a table such as [steps.quantize] with command = "quantize"')
+    for change in changes:
+        _change(steps, change, name)
     found: list[Step] = []
     for step_name, values in steps.items():
         found.append(_step(step_name, values, [step.name for step in found], f"[steps.{step_name}] of {name}", found))
+    name = ", ".join([name, *changes])
     recipe = Recipe(name, text, table.get("model"), table.get("output"), (), tuple(found))
     return replace(recipe, ladder=_ladder(table.get("ladder", []), recipe))
+
+
+def _change(steps: dict[str, Any], change: str, name: str) -> None:
+    """Put one `STEP.KEY=VALUE` into the tables of the steps; the value is TOML, or else a text."""
+    target, equals, text = change.partition("=")
+    step, dot, key = target.strip().partition(".")
+    if not (equals and dot and step and key):
+        raise ConfigError(f"--set {change!r} cannot be read", "for instance --set quantize.group_size=64")
+    if not isinstance(steps.get(step), dict):
+        raise ConfigError(f"--set {change!r}: {name} has no step {step!r}", _did_you_mean(step, steps))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    steps[step] = {**steps[step], key: value}
 
 
 def _step(name: str, values: Any, before: list[str], where: str, steps: list[Step]) -> Step:
