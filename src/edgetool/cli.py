@@ -18,11 +18,13 @@ from edgetool import __version__, console
 from edgetool.commands import (
     _later,
     bench,
+    chat,
     compile_vcu128,
     convert,
     demo,
     envs,
     eval,
+    fpga_host,
     gpus,
     inspect,
     quantize,
@@ -156,8 +158,10 @@ app.add_typer(envs.app, name="envs")
 app.add_typer(gpus.app, name="gpus")
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("bench")(bench.bench)
+app.command("serve-fpga")(serve_fpga.serve_fpga)
+app.command("fpga-host")(fpga_host.fpga_host)
+app.command("chat")(chat.chat)
 for _name, _function in {
     "eval": eval.eval,
-    "serve-fpga": serve_fpga.serve_fpga,
 }.items():
     app.command(_name, context_settings=dict(_later.ANY_ARGUMENTS))(_function)

@@ -54,6 +54,7 @@ def gather(
     state = Path(environ["XDG_STATE_HOME"]) if environ.get("XDG_STATE_HOME") else home / ".local" / "state"
     settings.values["envs"] = {"directory": data / "edgetool" / "envs"}
     settings.values["serve_gpu"] = {"state_dir": state / "edgetool" / "servers"}
+    settings.values["serve_fpga"] = {"state_dir": state / "edgetool" / "boards"}
     for section, table in from_file.items():
         for key, value in table.items():
             if value is not None:
