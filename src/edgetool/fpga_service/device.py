@@ -36,7 +36,8 @@ class DeviceFacts:
     """What stays the same while a device is open.
 
     vocab: logits of a token. numerics: "et1" or "fast". image_sha256: of the image's manifest, which names all hashes.
-    temperature, top_p, top_k: the model's own defaults (1.0, 1.0, 0 where it has none).
+    temperature, top_p, top_k: the model's own defaults (1.0, 1.0, 0 where it has none). chat: whether the model has a
+    form for conversations, so that `encode_chat` works.
     """
 
     model: str
@@ -50,6 +51,7 @@ class DeviceFacts:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    chat: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Step:
 
     text: the text that is certain now; it may belong to earlier tokens and is never half a character or the beginning
     of a stop string. logprob, top: of the model's own distribution (temperature 1), top by falling probability. finish:
-    None except in the last Step, which may be an end token (its id is one of eos_token_ids).
+    None except in the last Step, which may be an end token (its id is one of eos_token_ids). token: the text of this id
+    alone, where log-probabilities were asked for.
     """
 
     id: int
@@ -86,6 +89,7 @@ class Step:
     logprob: float | None = None
     top: tuple[TopToken, ...] = ()
     finish: Finish | None = None
+    token: str = ""
 
 
 @dataclass(frozen=True)
