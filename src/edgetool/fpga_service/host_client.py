@@ -12,6 +12,7 @@ import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,7 @@ class HostClient:
         hello_timeout_s: for the answer to the hello, which a plain host gives at the speed of its model.
         settle_s: after a request to a plain host that was given up unanswered: how long its reply is waited for on the
             next connection, so that no other request gets it.
+        socket: a Unix socket to connect to in place of `port`; `host` is then only what it is called.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class HostClient:
         connect_timeout_s: float = 5.0,
         hello_timeout_s: float = 120.0,
         settle_s: float = 30.0,
+        socket: Path | None = None,
     ) -> None:
-        self.address = f"{host}:{port}"
+        self.address = f"{host}:{port}" if socket is None else host
         self.connections = 0
         """How many connections were made."""
         self._where = (host, port)
+        self._socket = socket
         self._connect_timeout_s = connect_timeout_s
         self._hello_timeout_s = hello_timeout_s
         self._settle_s = settle_s
@@ -233,7 +237,10 @@ class HostClient:
 
     async def _connect(self) -> ExtendedConnection | PlainConnection:
         async with asyncio.timeout(self._connect_timeout_s):
-            reader, writer = await asyncio.open_connection(*self._where)
+            if self._socket is None:
+                reader, writer = await asyncio.open_connection(*self._where)
+            else:
+                reader, writer = await asyncio.open_unix_connection(self._socket)
         wire = Wire(reader, writer)
         try:
             if self._plain:
