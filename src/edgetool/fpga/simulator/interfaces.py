@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class Resources(Protocol):
         ...
 
     def bias(self, name: str) -> Array:
-        """float16 [N] of a bias constant."""
+        """float16 [Np] of a bias constant."""
         ...
 
     def embedding(self) -> Array:
@@ -81,8 +80,8 @@ class Resources(Protocol):
 class BoundOp:
     """An operation of the program with its names made whole, for one layer.
 
-    kind: EMBED, RMSNORM ... fields: as in program.json (`in`, `out`, `weight` ...), `{layer}` filled in. part: prologue,
-    layer or epilogue. layer: 0 outside of layers. number: its place in its part.
+    kind: EMBED, RMSNORM ... fields: as in program.json (`in`, `out`, `weight` ...), `{layer}` filled in.
+    part: prologue, layer or epilogue. layer: 0 outside of layers. number: its place in its part.
     """
 
     kind: str
@@ -109,7 +108,7 @@ class Snapshot(Protocol):
 
 
 class KvStore(Protocol):
-    """Keys and values of one sequence, of all layers. What a step puts in and takes out is its numerics' own business."""
+    """Keys and values of one sequence, of all layers. How steps write and read them is their numerics' own business."""
 
     def snapshot(self, tokens: int) -> Snapshot:
         """A copy of the first `tokens` positions."""
@@ -194,8 +193,3 @@ class SimulatorFacts:
     int4_encoding: str
     profile: str
     tokenizer_files: tuple[str, ...]
-
-
-def empty_logits(vocab: int, dtype: Any) -> Array:
-    """For a call that wanted none."""
-    return np.empty((0, vocab), dtype=dtype)
