@@ -1,0 +1,66 @@
+"""Tables of the image in `fast`: the function itself where the table is that function's, else the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgetool.fpga.simulator.interfaces import Array, Resources
+
+Function = Callable[[Tensor], Tensor]
+
+_TABLE_ULPS = 1
+_BITS = 1 << 16
+
+
+def function_of(table: Array, exact: Function, device: torch.device) -> Function:
+    """`exact` where `table` (float16 [65536]) is its rounding for all finite numbers, else a lookup by fp16 bits."""
+    x = torch.from_numpy(np.arange(_BITS, dtype=np.uint16).view(np.float16).astype(np.float64))
+    finite = x.isfinite().numpy()
+    with np.errstate(over="ignore"):
+        wanted = exact(x).numpy().astype(np.float16)
+    if _ulps(np.asarray(table, dtype=np.float16)[finite], wanted[finite]) <= _TABLE_ULPS:
+        return exact
+    entries = torch.from_numpy(np.asarray(table, dtype=np.float32)).to(device)
+    return lambda values: entries[values.to(torch.float16).view(torch.int16).long() & (_BITS - 1)]
+
+
+def _ulps(found: Array, wanted: Array) -> int:
+    """The largest distance in representable numbers; NaN equals NaN, and -0 equals 0."""
+
+    def ranks(values: Array) -> npt.NDArray[np.int64]:
+        bits = values.view(np.int16).astype(np.int64)
+        return np.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    number = ~(np.isnan(found) & np.isnan(wanted))
+    return int(np.abs(ranks(found) - ranks(wanted))[number].max(initial=0))
+
+
+class Rotation:
+    """Rotary positions as two tables over a whole head: x * cosines + x[partner] * sines."""
+
+    def __init__(
+        self, resources: Resources, cos: str, sin: str, head_dim: int, rotary_dim: int, style: str, device: torch.device
+    ) -> None:
+        half = rotary_dim // 2
+        channel = np.arange(rotary_dim)
+        if style == "half":
+            entry, first, partner = channel % half, channel < half, (channel + half) % rotary_dim
+        else:
+            entry, first, partner = channel // 2, channel % 2 == 0, channel ^ 1
+        tables = [np.asarray(resources.constant(name), dtype=np.float32)[:, entry] for name in (cos, sin)]
+        beyond = ((0, 0), (0, head_dim - rotary_dim))
+        cosines = np.pad(tables[0], beyond, constant_values=1.0)
+        sines = np.pad(np.where(first, -tables[1], tables[1]), beyond)
+        whole = np.concatenate([partner, np.arange(rotary_dim, head_dim)])
+        self._cosines, self._sines = (torch.from_numpy(table).to(device)[:, None] for table in (cosines, sines))
+        self._partner = torch.from_numpy(whole).to(device)
+
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        """float32 [tokens, heads, head_dim] turned, the first token at `position`."""
+        here = slice(position, position + len(x))
+        return x * self._cosines[here] + x.index_select(2, self._partner) * self._sines[here]
