@@ -84,11 +84,10 @@ class PlainRequest(_Record):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     edgetool: Hello | None = None
 
-    def options(self, facts: DeviceFacts, room_tokens: int) -> GenerateOptions:
-        """How to answer. An answer that would not fit ends with the context: plain A has no other way to say so."""
-        asked = room_tokens if self.max_tokens is None else min(self.max_tokens, room_tokens)
+    def options(self, facts: DeviceFacts) -> GenerateOptions:
+        """How to answer, with the model's own where nothing was said."""
         temperature = facts.temperature if self.temperature is None else self.temperature
-        return GenerateOptions(asked, temperature, facts.top_p, facts.top_k)
+        return GenerateOptions(self.max_tokens, temperature, facts.top_p, facts.top_k)
 
 
 class HelloReply(_Strict):
