@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from edgetool.config import ServeGpuConfig
 from edgetool.errors import ResourceUnavailable
 from edgetool.process import Child, Ended
 from edgetool.progress import Progress
-from edgetool.scheduler import Lease, Request, Scheduler
+from edgetool.scheduler import Lease, Scheduler
 from edgetool.serving import vllm_engine
 from edgetool.serving.jobs import EngineJob, FrontJob
 from edgetool.serving.phases import TRANSFORMERS, VLLM, PhaseReader
 from edgetool.serving.plan import Plan
 from edgetool.serving.ready import Endpoint, check_answers, healthy
-from edgetool.serving.starting import bind, own_environment, start_child, url_of
+from edgetool.serving.starting import lease_and_bind, own_environment, start_child, url_of
 
-_PORT_TRIES = 5
 _LOOK_S = 0.3
 
 
@@ -208,31 +207,11 @@ def lease_for(
 
     Raises ResourceUnavailable when it is not to be had in time, and ConfigError for an address that is not ours.
     """
-    wanted = [_with_port(request, port) for request in plan.requests]
-    for _ in range(_PORT_TRIES):
-        lease = _acquire(wanted, settings.wait_s, scheduler, command, progress)
-        try:
-            return lease, bind(settings.host, lease.ports[0])
-        except BaseException as error:
-            lease.release()
-            if port or not isinstance(error, ResourceUnavailable):
-                raise
-    raise ResourceUnavailable(f"no port of {settings.host} could be bound", "choose one with --port")
-
-
-def _acquire(wanted: list[Request], wait_s: float, scheduler: Scheduler, command: str, progress: Progress) -> Lease:
-    for request in wanted if len(wanted) > 1 else ():
-        with contextlib.suppress(ResourceUnavailable):
-            return scheduler.acquire(request, command=command)
     try:
-        return scheduler.acquire(wanted[0], command=command, wait_s=wait_s, progress=progress)
+        return lease_and_bind(plan.requests, settings.host, port, settings.wait_s, scheduler, command, progress)
     except ResourceUnavailable as error:
         # what `gpus run` calls --min-free is a share here
         message = error.message.replace(
             "--min-free how much of it is needed", "--gpu-memory-utilization which share of it is needed"
         )
         raise ResourceUnavailable(message, error.hint) from error
-
-
-def _with_port(request: Request, port: int) -> Request:
-    return replace(request, port=port) if port else replace(request, ports=1)

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgetool.errors import ConfigError, ResourceUnavailable
 from edgetool.process import Child
-from edgetool.scheduler import Lease
+from edgetool.progress import Progress
+from edgetool.scheduler import Lease, Request, Scheduler
+
+_PORT_TRIES = 5
 
 
 def url_of(listen: str, port: int) -> str:
     """The address, for clients on this machine, of a server that listens on `listen`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(listen, f"[{listen}]" if ":" in listen else listen)  # noqa: S104
     return f"http://{host}:{port}"
+
+
+def lease_and_bind(
+    requests: Sequence[Request],
+    listen: str,
+    port: int,
+    wait_s: float,
+    scheduler: Scheduler,
+    command: str,
+    progress: Progress,
+) -> tuple[Lease, socket.socket]:
+    """A lease on one of `requests` and on `port` (0: any), and that port bound.
+
+    The requests are tried in their order; when none can be had at once, the first is waited for.
+
+    Raises ResourceUnavailable when it is not to be had in time, and ConfigError for an address that is not ours.
+    """
+    wanted = [replace(request, port=port) if port else replace(request, ports=1) for request in requests]
+    for _ in range(_PORT_TRIES):
+        lease = _acquire(wanted, wait_s, scheduler, command, progress)
+        try:
+            return lease, bind(listen, lease.ports[0])
+        except BaseException as error:
+            lease.release()
+            if port or not isinstance(error, ResourceUnavailable):
+                raise
+    raise ResourceUnavailable(f"no port of {listen} could be bound", "choose one with --port")
+
+
+def _acquire(wanted: list[Request], wait_s: float, scheduler: Scheduler, command: str, progress: Progress) -> Lease:
+    for request in wanted if len(wanted) > 1 else ():
+        with contextlib.suppress(ResourceUnavailable):
+            return scheduler.acquire(request, command=command)
+    return scheduler.acquire(wanted[0], command=command, wait_s=wait_s, progress=progress)
 
 
 def bind(host: str, port: int) -> socket.socket:
