@@ -83,7 +83,10 @@ class ExtendedConnection:
         if self._closed is not None:
             raise HostAway(self._closed, _AGAIN)
         id = self._take_id()
-        text = protocol_a.write(work.model_copy(update={"id": id, "timeout_s": max(answer.left_s, 0.001)}))
+        try:
+            text = protocol_a.write(work.model_copy(update={"id": id, "timeout_s": max(answer.left_s, 0.001)}))
+        except ValueError as error:  # lone surrogates
+            raise RequestRefused(f"the request cannot be sent: {error}") from error
         self._wire.write(text)
         self._waiting[id] = answer
         self._ids[answer] = id

@@ -42,6 +42,8 @@ def _plain_text(content: Any) -> Any:
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise ValueError("parts other than text")
         return "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, str):
+        content.encode()  # raises for lone surrogates, which no tokenizer takes
     return "" if content is None else content
 
 

@@ -233,7 +233,7 @@ def test_all_requests_of_a_connection_that_breaks_fail_and_later_ids_are_new() -
             await until(lambda: len(host.asked) == 5)
             host.drop()
             for task in under_way:
-                with pytest.raises(HostAway, match="ask again|connection"):
+                with pytest.raises(HostAway, match=r"connection"):
                     await task
             host.token_delay_s = 0
             await client.wait_ready(LIMIT_S)
@@ -275,7 +275,7 @@ def test_a_host_that_is_away_is_said_at_once_and_found_again_when_it_is_back() -
         async with FakeHost() as host:
             port = host.port
         async with HostClient("127.0.0.1", port) as client:
-            with pytest.raises(HostAway, match="away: no connection to 127.0.0.1"):
+            with pytest.raises(HostAway, match=r"away: no connection to 127\.0\.0\.1"):
                 await ask(client, "x")
             assert client.state == "away" and not client.ready
             with pytest.raises(HostAway):
@@ -365,6 +365,7 @@ def test_a_host_that_answers_no_hello_counts_as_plain_and_its_late_answer_is_dro
         lambda client: client.chat(user("x"), GenerateOptions(temperature=float("nan")), 1),
         lambda client: client.complete([-1], GenerateOptions(), 1),
         lambda client: client.complete("x", GenerateOptions(logprobs=101), 1),
+        lambda client: client.complete("\ud800", GenerateOptions(), 1),
     ],
 )
 def test_what_cannot_be_said_is_refused_before_anything_is_sent(make: Callable[[HostClient], Any]) -> None:
@@ -372,7 +373,8 @@ def test_what_cannot_be_said_is_refused_before_anything_is_sent(make: Callable[[
         async with FakeHost() as host, client_of(host) as client:
             await client.wait_ready(LIMIT_S)
             with pytest.raises(RequestRefused):
-                make(client)
+                async with make(client):
+                    pass
             assert not host.asked
 
     run(test)
