@@ -1,0 +1,83 @@
+"""The host that `serve-fpga --image` starts for itself: a process, watched, and started again when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetool.errors import BackendFailed
+from edgetool.fpga_service.jobs import HostJob
+from edgetool.process import Child, Restarts, describe
+from edgetool.progress import Progress
+from edgetool.scheduler import Lease
+from edgetool.serving.starting import own_environment, start_child
+
+_BACKLOG = 128
+_LOOK_S = 0.1
+_COMMAND = [sys.executable, "-m", "edgetool.fpga_service.host_main"]
+
+
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket that listens at `path`. It outlives the host, so that a connection made meanwhile only waits."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(str(path))
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+@dataclass
+class EmbeddedHost:
+    """The host and what it needs. `restarts`: how often it may be started again."""
+
+    job: HostJob
+    lease: Lease
+    listening: socket.socket
+    log: Path
+    restarts: int
+    child: Child | None = None
+
+    def start(self) -> None:
+        """Start the process. Raises what `Child.start` raises."""
+        passed = (*self.lease.fds, self.listening.fileno())
+        stdin = self.job.to_json().encode()
+        self.child = start_child(_COMMAND, own_environment(self.lease), self.log, passed, stdin, self.lease)
+
+    async def keep(self, progress: Progress) -> None:
+        """Watch it, and start it again when it ends. Raises BackendFailed when it is given up."""
+        restarts = Restarts(self.restarts)
+        started_s = time.monotonic()
+        while True:
+            assert self.child is not None
+            code = self.child.poll()
+            if code is None:
+                await asyncio.sleep(_LOOK_S)
+                continue
+            what = f"the host of {self.job.image} ended ({describe(code)})"
+            pause_s = restarts.pause_after(time.monotonic() - started_s)
+            if pause_s is None:
+                again = f" after {restarts.count} restarts" if restarts.count else ""
+                raise self.child.failure(what + again)
+            progress.warn(f"{what}; restart {restarts.count} of {self.restarts} in {pause_s:.0f} s; log: {self.log}")
+            await asyncio.sleep(pause_s)
+            await asyncio.to_thread(self.start)
+            started_s = time.monotonic()
+
+    def ended(self) -> BackendFailed | None:
+        """Why it is of no use any more: it has ended. None while it runs."""
+        if self.child is None or (code := self.child.poll()) is None:
+            return None
+        return self.child.failure(f"the host of {self.job.image} ended before it was ready ({describe(code)})")
+
+    def stop(self, grace_s: float) -> None:
+        """End it and all that belongs to it."""
+        if self.child is not None:
+            self.child.stop(grace_s)
+        self.listening.close()
