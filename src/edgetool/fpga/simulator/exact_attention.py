@@ -49,8 +49,8 @@ def softmax(scored: Tensor, masked: Tensor | None, table: Tensor) -> Tensor:
 def mixed(probabilities: Tensor, values: Tensor) -> Tensor:
     """PV: float16 [tokens, heads, head_dim].
 
-    probabilities: float16 [heads, tokens, keys], 0 where masked. values: float32 [kv_heads, head_dim, keys], finite where
-    a probability is masked.
+    probabilities: float16 [heads, tokens, keys], 0 where masked. values: float32 [kv_heads, head_dim, keys], finite
+    where a probability is masked.
     """
     heads, tokens, count = probabilities.shape
     kv_heads, width, _ = values.shape

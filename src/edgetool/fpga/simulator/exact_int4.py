@@ -1,8 +1,8 @@
 """4-bit matrices in `et1`: exact sums of groups from int8 products, whatever the number of tokens or threads.
 
 An fp16 number is a multiple of 2^-24 below 2^16, so x * 2^24 is an integer of 40 bits. It is cut into digits of base
-256, -128 .. 127, and each digit's products with a group's weights are summed in int32, exactly, by the int8 product that
-processors are fastest at. Put together in fp64 the sums are exact as well (50 bits), and are rounded to fp32 once.
+256, -128 .. 127. The products of each digit with a group's weights are summed in int32, exactly, by the int8 product
+that processors are fastest at. Put together in fp64 the sums are exact as well (50 bits), and are rounded to fp32 once.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def split(x: Tensor, group: int) -> Tensor | None:
 
 
 def _narrow(digits: Tensor, codes: Tensor) -> Tensor:
-    """float32 [groups, tokens, N]: P of some groups. digits: [groups, digits, tokens, group]; codes: [groups, N, group]."""
+    """float32 [groups, tokens, N]: P of groups. digits: [groups, digits, tokens, group]; codes: [groups, N, group]."""
     groups, count, tokens, width = digits.shape
     rows = codes.shape[1]
     sums = torch.empty(groups, count * tokens, rows, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The KV cache, byte for byte where the image says: channel C on pseudo-channel C % 32, its tokens one after another."""
+"""The KV cache, byte for byte where the image says: channel C on PC C % 32, its tokens one after the other."""
 
 from __future__ import annotations
 
