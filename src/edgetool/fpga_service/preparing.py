@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgetool.config import Config, ServeFpgaConfig
+from edgetool.config import Config, FpgaHostConfig, ServeFpgaConfig
 from edgetool.errors import ConfigError, MissingDependency
 from edgetool.fpga_service.keys import read_keys
 from edgetool.inventory import Inventory
 from edgetool.progress import Progress
 from edgetool.scheduler import Request
 from edgetool.serving.secrets import Key, choose_key
+from edgetool.serving.starting import is_loopback
 
 if TYPE_CHECKING:
     from edgetool.fpga.image import Image
@@ -64,7 +64,7 @@ def client_keys(config: Config, progress: Progress | None) -> tuple[Mapping[str,
     settings = config.serve_fpga
     keys = {} if settings.keys_file is None else read_keys(settings.keys_file)
     given = config.common.server_key() is not None
-    if given or (not keys and not _is_loopback(settings.listen)):
+    if given or (not keys and not is_loopback(settings.listen)):
         if "default" in keys:
             raise ConfigError("a key is given, and the keys file names another one default", "rename it in the file")
         if progress is None:
@@ -76,14 +76,7 @@ def client_keys(config: Config, progress: Progress | None) -> tuple[Mapping[str,
     return keys, None
 
 
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
-def requests(settings: ServeFpgaConfig, image: Image | None, inventory: Inventory) -> list[Request]:
+def requests(settings: ServeFpgaConfig | FpgaHostConfig, image: Image | None, inventory: Inventory) -> list[Request]:
     """What may be leased, the best first; a port comes to each."""
     if image is None:
         return [Request()]
@@ -95,6 +88,6 @@ def requests(settings: ServeFpgaConfig, image: Image | None, inventory: Inventor
     return [with_gpu] if settings.device == "cuda" else [with_gpu, request]
 
 
-def board_of(settings: ServeFpgaConfig) -> str:
+def board_of(settings: ServeFpgaConfig | FpgaHostConfig) -> str:
     """Name of the board: the one that was asked for, or a simulated one of this process."""
     return settings.board or f"sim-{os.getpid()}"

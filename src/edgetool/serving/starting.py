@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,14 @@ def url_of(listen: str, port: int) -> str:
     """The address, for clients on this machine, of a server that listens on `listen`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(listen, f"[{listen}]" if ":" in listen else listen)  # noqa: S104
     return f"http://{host}:{port}"
+
+
+def is_loopback(listen: str) -> bool:
+    """Whether only this machine reaches a server that listens on `listen`."""
+    try:
+        return ipaddress.ip_address(listen).is_loopback
+    except ValueError:
+        return listen == "localhost"
 
 
 def lease_and_bind(
