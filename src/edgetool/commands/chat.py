@@ -61,11 +61,13 @@ def chat(
         settings = this.config.chat
         if settings.url is None and settings.image is None:
             raise UsageError("chat needs URL or --image", "edgetool chat http://127.0.0.1:7000")
+        if settings.message is None and this.output.json:
+            raise UsageError("--json is for one question", "add --message TEXT")
         with chat_client.open_talker(settings, this.config.common.server_key(), this.progress) as talker:
             this.live.close()  # from here on the terminal is the conversation's
             if settings.message is None:
-                chat_client.converse(talker, settings, this.output)
+                chat_client.converse(talker, settings, this.output.text)
+            elif this.output.json:
+                this.result(chat_client.ask_once(talker, settings, None), [])
             else:
-                result = chat_client.ask_once(talker, settings, this.output)
-                if this.output.json:
-                    this.result(result, [])
+                chat_client.ask_once(talker, settings, this.output.text)

@@ -26,10 +26,21 @@ _SPARE_BYTES = 1 << 30
 
 def need_extra(settings: ServeFpgaConfig) -> None:
     """Raise MissingDependency where a package is missing; none is imported, which would cost seconds."""
-    simulator = ("torch", "transformers") if settings.image is not None or settings.tokenizer is not None else ()
-    for name in ("fastapi", "uvicorn", "prometheus_client", *simulator):
+    need("serve-fpga", "fastapi", "uvicorn", "prometheus_client")
+    if settings.image is not None or settings.tokenizer is not None:
+        need_simulator("serve-fpga")
+
+
+def need_simulator(command: str) -> None:
+    """Raise MissingDependency where `command` could not run the simulator."""
+    need(command, "torch", "transformers")
+
+
+def need(command: str, *packages: str) -> None:
+    """Raise MissingDependency for the first of `packages` that is not installed."""
+    for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"serve-fpga needs {name}, which is not installed", "pip install 'edgetool[fpga]'")
+            raise MissingDependency(f"{command} needs {name}, which is not installed", "pip install 'edgetool[fpga]'")
 
 
 def checked_image(settings: ServeFpgaConfig) -> Image | None:
