@@ -20,6 +20,8 @@ from edgetool.serving.auth import App, Receive, Scope, Send
 MOST_BODY_BYTES = 8 * 2**20
 """Longest body of a request; a context of a million tokens fits."""
 
+_DRAINED_LIMITS = 8
+
 _Made = TypeVar("_Made")
 
 
@@ -108,7 +110,11 @@ def _of_validation(invalid: RequestValidationError) -> Refusal:
 
 
 class LimitBody:
-    """Refuses bodies that are longer than a limit, whether they say so before or not."""
+    """Refuses bodies that are longer than a limit, whether they say so before or not.
+
+    What is too long is still read, and thrown away, up to a second limit: a client that is cut off while it sends often
+    never sees the answer.
+    """
 
     def __init__(self, app: App, limit_bytes: int = MOST_BODY_BYTES) -> None:
         self.app = app
@@ -118,10 +124,6 @@ class LimitBody:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        told = [value for name, value in scope["headers"] if name == b"content-length"]
-        if told and int(told[0]) > self._limit_bytes:  # the server has checked that it is a number
-            await _too_large(send, self._limit_bytes)
-            return
         seen = 0
 
         async def counted() -> Any:
@@ -129,15 +131,10 @@ class LimitBody:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._limit_bytes:
+                while message.get("more_body") and seen < _DRAINED_LIMITS * self._limit_bytes:
+                    message = await receive()
+                    seen += len(message.get("body", b""))
                 raise HTTPException(413, f"a body may have {self._limit_bytes} bytes")
             return message
 
         await self.app(scope, counted, send)
-
-
-async def _too_large(send: Send, limit_bytes: int) -> None:
-    body = json.dumps(Refusal(413, f"a body may have {limit_bytes} bytes").body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
