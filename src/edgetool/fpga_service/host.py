@@ -88,6 +88,8 @@ class Host:
                 self._log(f"{connection.peer}: {error}; connection closed")
             except OSError as error:
                 self._log(f"{connection.peer}: {error}")
+            except asyncio.CancelledError:
+                pass  # the host ends; asyncio's callback would print a traceback of a task that is cancelled
             finally:
                 self._connections.discard(task)
                 await connection.close()
