@@ -56,13 +56,13 @@ def chat(
     stops an answer. With --message one question is asked, whose answer is all that stands on stdout.
     """
     with run(ctx) as this:
-        from edgetool import chat_client
-
         settings = this.config.chat
         if settings.url is None and settings.image is None:
             raise UsageError("chat needs URL or --image", "edgetool chat http://127.0.0.1:7000")
         if settings.message is None and this.output.json:
             raise UsageError("--json is for one question", "add --message TEXT")
+        from edgetool import chat_client
+
         with chat_client.open_talker(settings, this.config.common.server_key(), this.progress) as talker:
             this.live.close()  # from here on the terminal is the conversation's
             if settings.message is None:
