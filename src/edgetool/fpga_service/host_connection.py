@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 from typing import assert_never
 
 from edgetool.fpga_service import host_errors, protocol_a
@@ -74,7 +75,7 @@ class ExtendedConnection:
         self.next_id = first_id
         self._first_id = first_id
         self._wire = wire
-        self._waiting: dict[int, Answer] = {}
+        self._waiting: dict[int, _UnderWay] = {}
         self._ids: dict[Answer, int] = {}
         self._closed: str | None = None
 
@@ -88,7 +89,7 @@ class ExtendedConnection:
         except ValueError as error:  # lone surrogates
             raise RequestRefused(f"the request cannot be sent: {error}") from error
         self._wire.write(text)
-        self._waiting[id] = answer
+        self._waiting[id] = _UnderWay(answer, work)
         self._ids[answer] = id
 
     def give_up(self, answer: Answer) -> None:
@@ -118,7 +119,7 @@ class ExtendedConnection:
         if self._closed is None:
             self._closed = why
             self._wire.abort()
-        for answer in list(self._waiting.values()):
+        for answer in [one.answer for one in self._waiting.values()]:
             self._forget(answer)
             answer.fail(HostAway(why, _AGAIN))
 
@@ -149,20 +150,17 @@ class ExtendedConnection:
             raise ProtocolError(f"it could not read a message of ours: {reply.message}")
         if not self._first_id <= reply.id < self.next_id:
             raise ProtocolError(f"a reply to request {reply.id}, which was never made")
-        answer = self._waiting.get(reply.id)
-        if answer is None or isinstance(reply, protocol_a.Pong):
+        under_way = self._waiting.get(reply.id)
+        if under_way is None or isinstance(reply, protocol_a.Pong):
             return  # given up, or ended: what was on its way then
+        under_way.check(reply)
+        answer = under_way.answer
         match reply:
             case protocol_a.Started():
                 answer.put(Started(reply.prompt_tokens))
             case protocol_a.Token():
-                if reply.index != answer.tokens:
-                    raise ProtocolError(f"token {reply.index} of request {reply.id} came in place of {answer.tokens}")
                 answer.put(reply.step)
             case protocol_a.Done():
-                if reply.completion_tokens != answer.tokens:
-                    counts = f"{reply.completion_tokens} tokens, and {answer.tokens} came"
-                    raise ProtocolError(f"request {reply.id} ended after {counts}")
                 self._forget(answer)
                 answer.put(Ended(reply.finish_reason, reply.prompt_tokens, reply.completion_tokens))
             case protocol_a.Scores():
@@ -176,6 +174,37 @@ class ExtendedConnection:
                 answer.fail(host_errors.of_reply(reply))
             case _:
                 assert_never(reply)
+
+
+@dataclass
+class _UnderWay:
+    """A request that was sent, and what may come for it next."""
+
+    answer: Answer
+    work: protocol_a.Work
+    started: bool = False
+
+    def check(self, reply: protocol_a.Reply) -> None:
+        """Raise ProtocolError where `reply` cannot come for this request at this point."""
+        tokens = self.answer.tokens
+        match self.work, reply:
+            case _, protocol_a.Failed():
+                return
+            case protocol_a.Score(), protocol_a.Scores():
+                return
+            case protocol_a.Tokenize(), protocol_a.Tokens():
+                return
+            case ((protocol_a.Chat() | protocol_a.Complete()), protocol_a.Started()) if not self.started:
+                self.started = True
+            case _, protocol_a.Token() if self.started:
+                if reply.index != tokens:
+                    raise ProtocolError(f"token {reply.index} of request {reply.id} came in place of {tokens}")
+            case _, protocol_a.Done() if self.started:
+                if reply.completion_tokens != tokens:
+                    counts = f"{reply.completion_tokens} tokens, and {tokens} came"
+                    raise ProtocolError(f"request {reply.id} ended after {counts}")
+            case _:
+                raise ProtocolError(f"{reply.type!r} came for request {reply.id}, {self.work.type!r}")
 
 
 class PlainConnection:
