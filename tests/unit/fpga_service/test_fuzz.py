@@ -183,4 +183,4 @@ def test_a_thousand_frames_of_chance_against_the_gateways_side(extended: bool, m
         return ended, failed
 
     ended, failed = asyncio.run(asyncio.wait_for(test(), 120))
-    assert failed > 50 and ended > 0
+    assert failed > 10 and ended > 10
