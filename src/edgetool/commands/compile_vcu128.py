@@ -21,7 +21,7 @@ def compile_vcu128(
     ctx: typer.Context,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A quantised checkpoint; with --extract or --verify... an image."),
+        typer.Argument(metavar="MODEL", help="A quantised checkpoint; with --extract or --verify an image."),
     ] = None,
     output: Annotated[
         Path | None,

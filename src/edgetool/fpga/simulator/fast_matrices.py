@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgetool.fpga.simulator.interfaces import HalfMatrix, Int4Matrix, MatrixKernel
+from edgetool.fpga.simulator.interfaces import Array, HalfMatrix, Int4Matrix, MatrixKernel
 
 MIDDLE = 8
 _FEW_ROWS = 4
@@ -35,7 +35,7 @@ class PackedInt4:
         step = 128 if device.type == "cuda" else self.group  # what a kernel wants K to be a multiple of
         self.columns = -(-self.k // step) * step + spare_groups * step
         self._cuda = device.type == "cuda"
-        self._packed = torch.cat([self._pack(matrix, device) for matrix in matrices])
+        self._packed = self._pack(np.concatenate([matrix.codes for matrix in matrices]), device)
         table = torch.cat([self._scales(matrix) for matrix in matrices], 1)
         self.scales = table.to(device, torch.bfloat16).contiguous()
         ends = np.cumsum([matrix.scales.shape[0] for matrix in matrices])
@@ -44,20 +44,23 @@ class PackedInt4:
             for matrix, end in zip(matrices, ends, strict=True)
         ]
 
-    def _pack(self, matrix: Int4Matrix, device: torch.device) -> Tensor:
-        """What the kernel reads, uint8 or int32; a block of rows at a time, since codes are 32-bit on the way."""
-        blocks = []
-        for start in range(0, matrix.codes.shape[0], _PACKED_ROWS):
-            own = matrix.codes[start : start + _PACKED_ROWS, : self.columns]
-            codes = np.full((own.shape[0], self.columns), MIDDLE, dtype=np.int32)
-            np.add(own, MIDDLE, out=codes[:, : own.shape[1]], dtype=np.int32)
-            whole = torch.from_numpy(codes)
+    def _pack(self, codes: Array, device: torch.device) -> Tensor:
+        """What the kernel reads, uint8 or int32, of all rows; some at a time, since codes are 32-bit on the way.
+
+        Kernels take rows in blocks of up to 64, so that only whole blocks may be packed apart.
+        """
+        packed = []
+        for start in range(0, codes.shape[0], _PACKED_ROWS):
+            own = codes[start : start + _PACKED_ROWS, : self.columns]
+            wide = np.full((own.shape[0], self.columns), MIDDLE, dtype=np.int32)
+            np.add(own, MIDDLE, out=wide[:, : own.shape[1]], dtype=np.int32)
+            block = torch.from_numpy(wide)
             if self._cuda:
-                pairs = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8).to(device)
-                blocks.append(torch.ops.aten._convert_weight_to_int4pack(pairs, _CUDA_INNER_TILES))
+                pairs = (block[:, ::2] << 4 | block[:, 1::2]).to(torch.uint8).to(device)
+                packed.append(torch.ops.aten._convert_weight_to_int4pack(pairs, _CUDA_INNER_TILES))
             else:
-                blocks.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1))
-        return torch.cat(blocks)
+                packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(block, 1))
+        return torch.cat(packed)
 
     def _scales(self, matrix: Int4Matrix) -> Tensor:
         """float32 [groups, Np, 2]: scale and offset; 0 for groups beyond the matrix."""
