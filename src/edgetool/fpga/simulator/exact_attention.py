@@ -5,11 +5,16 @@ Tiles of queries and keys only say what is computed together: no sum crosses fro
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from edgetool.fpga.simulator.exact_sums import LANES, fold, tree_sum, tree_sum_last
+from edgetool.fpga.simulator.exact_sums import LANES, fold, tree_sum
+
+Array = npt.NDArray[Any]
 
 _TILE_VALUES = 1 << 18
 
@@ -21,29 +26,32 @@ def scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """
     tokens, heads, width = query.shape
     kv_heads, _, count = keys.shape
-    out = torch.empty(kv_heads, heads // kv_heads, tokens, count, dtype=torch.float16)
-    grouped = query.view(tokens, kv_heads, -1, width, 1).permute(1, 2, 0, 3, 4)
+    out = torch.zeros(kv_heads, heads // kv_heads, tokens, count)
+    # lanes are channels, in front: a tree's additions then run along neighbouring keys
+    left = query.view(tokens, kv_heads, -1, width, 1).permute(3, 1, 2, 0, 4)
+    right = keys.permute(1, 0, 2)[:, :, None, None]
     few, step = _tiles(heads * width, count)
-    factor = torch.tensor(scale, dtype=torch.float32)
     for start in range(0, count, step):
-        some = keys[:, None, None, :, start : start + step]
+        some = right[..., start : start + step]
         for first in range(0, tokens, few):
-            sums = tree_sum(grouped[:, :, first : first + few] * some, 3)
-            out[:, :, first : first + few, start : start + step] = sums.mul_(factor)
-    return out.view(heads, tokens, count)
+            here = out[:, :, first : first + few, start : start + step]
+            for lane in range(0, width, LANES):
+                here += fold(left[lane : lane + LANES, :, :, first : first + few] * some[lane : lane + LANES])
+    return out.mul_(torch.tensor(scale, dtype=torch.float32)).half().view(heads, tokens, count)
 
 
-def softmax(scored: Tensor, masked: Tensor | None, table: Tensor) -> Tensor:
+def softmax(scored: Array, masked: Array | None, table: Array) -> Array:
     """float16 [heads, tokens, keys] of scores, -inf where masked. table: float16 [65536] of exp.
 
     masked: bool [tokens, keys], keys behind the query; None: there are none.
     """
-    left = scored.float()
-    shifted = left.sub_(left.amax(2, keepdim=True)).half()
-    weights = table[shifted.view(torch.int16).int() & 0xFFFF].float()
+    wide = scored.astype(np.float32)
+    shifted = (wide - wide.max(axis=2, keepdims=True)).astype(np.float16)
+    weights = table[shifted.view(np.uint16)].astype(np.float32)
     if masked is not None:
-        weights.masked_fill_(masked, 0.0)
-    return (weights / tree_sum_last(weights)[..., None]).half()
+        weights[:, masked] = 0.0
+    quotients: Array = (weights / tree_sum(weights)[..., None]).astype(np.float16)
+    return quotients
 
 
 def mixed(probabilities: Tensor, values: Tensor) -> Tensor:
@@ -54,18 +62,16 @@ def mixed(probabilities: Tensor, values: Tensor) -> Tensor:
     """
     heads, tokens, count = probabilities.shape
     kv_heads, width, _ = values.shape
-    blocks = -(-count // LANES)
-    spare = blocks * LANES - count
-    # lanes are tokens: [blocks, 128, ..., head_dim], so that a tree's additions run along neighbours in memory
-    lanes = pad(values, (0, spare)).view(kv_heads, width, blocks, LANES).permute(2, 3, 0, 1).contiguous()
-    wide = pad(probabilities.float(), (0, spare)).view(kv_heads, -1, tokens, blocks, LANES).permute(2, 3, 4, 0, 1)
-    out = torch.zeros(tokens, kv_heads, heads // kv_heads, width)
+    # lanes are tokens, in front: a tree's additions then run along neighbouring channels
+    right = values.permute(2, 0, 1).contiguous()[:, :, None, None]
+    left = probabilities.float().view(kv_heads, -1, tokens, count).permute(3, 0, 1, 2)[..., None]
+    out = torch.zeros(kv_heads, heads // kv_heads, tokens, width)
     few = max(1, _TILE_VALUES // (LANES * heads * width))
     for first in range(0, tokens, few):
-        for block in range(blocks):
-            products = wide[first : first + few, block, ..., None] * lanes[block, :, :, None]
-            out[first : first + few] += fold(products, 1)
-    return out.view(tokens, heads, width).half()
+        here = out[:, :, first : first + few]
+        for lane in range(0, count, LANES):
+            here += fold(left[lane : lane + LANES, :, :, first : first + few] * right[lane : lane + LANES])
+    return out.half().permute(2, 0, 1, 3).reshape(tokens, heads, width)
 
 
 def _tiles(values_per_key: int, keys: int) -> tuple[int, int]:

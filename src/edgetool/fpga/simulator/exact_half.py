@@ -31,5 +31,5 @@ class ExactHalf:
             for block in range(blocks):
                 values = self._values[block, :, first : first + _TILE_ROWS].float()
                 for token in range(x.shape[0]):
-                    out[token, first : first + _TILE_ROWS] += fold(wide[token, block] * values, 0)
+                    out[token, first : first + _TILE_ROWS] += fold(wide[token, block] * values)
         return out[:, : self._n]

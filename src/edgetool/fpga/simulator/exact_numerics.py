@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from edgetool.fpga.simulator import exact_attention
 from edgetool.fpga.simulator.exact_half import ExactHalf
@@ -16,6 +16,7 @@ from edgetool.fpga.simulator.exact_sums import tree_sum
 from edgetool.fpga.simulator.interfaces import BoundOp, Call, Int4Matrix, MatrixKernel, NumericsName, Resources, Step
 from edgetool.fpga.simulator.kv_cache import KvCache, KvGeometry
 
+Array = npt.NDArray[Any]
 Run = Callable[[Call], None]
 
 _INFINITE = 0x7C00
@@ -44,47 +45,44 @@ class _Builder:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Array] = {}
 
-    def _half(self, name: str) -> Tensor:
-        if name not in self._kept:
-            self._kept[name] = torch.from_numpy(self._resources.constant(name).astype(np.float16))
-        return self._kept[name]
-
-    def _single(self, name: str) -> Tensor:
-        if f"{name}:32" not in self._kept:
-            self._kept[f"{name}:32"] = torch.from_numpy(self._resources.constant(name).astype(np.float32))
-        return self._kept[f"{name}:32"]
+    def _constant(self, name: str, dtype: Any = np.float32) -> Array:
+        key = f"{name} {np.dtype(dtype)}"
+        if key not in self._kept:
+            self._kept[key] = self._resources.constant(name).astype(dtype)
+        return self._kept[key]
 
     def embed(self, op: BoundOp) -> Run:
         table, out = self._resources.embedding(), op.fields["out"]
 
         def run(call: Call) -> None:
-            call.buffers[out] = torch.from_numpy(table[call.ids.numpy()].astype(np.float16))
+            _put(call, op, out, table[call.ids.numpy()].astype(np.float16))
 
         return run
 
     def rmsnorm(self, op: BoundOp) -> Run:
         source, out, width, rows = op.fields["in"], op.fields["out"], op.fields["width"], op.fields.get("rows")
-        gamma, beta = self._single(op.fields["gamma"])
-        eps, count = torch.tensor(op.fields["eps"], dtype=torch.float32), torch.tensor(width, dtype=torch.float32)
+        gamma, beta = self._constant(op.fields["gamma"])
+        eps, count = np.float32(op.fields["eps"]), np.float32(width)
 
         def run(call: Call) -> None:
-            x = call.rows(source, rows)
-            runs = x.float().view(x.shape[0], -1, width)
-            mean = tree_sum(runs * runs, 2).div_(count)
-            root = torch.from_numpy(np.sqrt(mean.add_(eps).numpy()))  # torch's is off by one bit now and then
-            normed = runs.div_(root[..., None]).mul_(gamma).add_(beta)
-            _put(call, op, out, normed.half().view(x.shape))
+            x = call.rows(source, rows).numpy()
+            runs = x.astype(np.float32).reshape(len(x), -1, width)
+            mean = tree_sum(runs * runs) / count
+            runs /= np.sqrt(mean + eps)[..., None]  # torch's sqrt is off by one bit now and then
+            runs *= gamma
+            runs += beta
+            _put(call, op, out, runs.astype(np.float16).reshape(x.shape))
 
         return run
 
     def perm(self, op: BoundOp) -> Run:
         source, out = op.fields["in"], op.fields["out"]
-        index = torch.from_numpy(self._resources.constant(op.fields["index"]).astype(np.int64))
+        index = self._resources.constant(op.fields["index"]).astype(np.int64)
 
         def run(call: Call) -> None:
-            call.buffers[out] = call.buffers[source][:, index]
+            _put(call, op, out, np.take(call.buffers[source].numpy(), index, axis=1))
 
         return run
 
@@ -94,25 +92,26 @@ class _Builder:
         residual, factor = fields.get("residual"), fields.get("mul")
         matrix = self._resources.matrix(fields["weight"])
         role, read = matrix.role, matrix.read_bytes_per_pc
-        bias = torch.from_numpy(self._resources.bias(fields["bias"])[: matrix.n].astype(np.float32))
+        bias = self._resources.bias(fields["bias"])[: matrix.n].astype(np.float32)
         kernel: MatrixKernel = ExactInt4(matrix) if isinstance(matrix, Int4Matrix) else ExactHalf(matrix)
         del matrix
 
         def run(call: Call) -> None:
-            y = kernel(call.rows(source, rows)).add_(bias)
+            y = kernel(call.rows(source, rows)).numpy()
+            y += bias
             if residual:
-                y.add_(call.rows(residual, rows))
+                y += call.rows(residual, rows).numpy()
             if factor:
-                y.mul_(call.rows(factor, rows))
+                y *= call.rows(factor, rows).numpy()
             call.traffic.read(role, read)
-            _put(call, op, out, y.half())
+            _put(call, op, out, y.astype(np.float16))
 
         return run
 
     def rope(self, op: BoundOp) -> Run:
         fields = op.fields
         source, out, heads, width = fields["in"], fields["out"], fields["heads"], fields["head_dim"]
-        cosines, sines = self._single(fields["cos"]), self._single(fields["sin"])
+        cosines, sines = self._constant(fields["cos"]), self._constant(fields["sin"])
         turned = fields["rotary_dim"]
         if fields["style"] == "half":
             first, second = slice(0, turned // 2), slice(turned // 2, turned)
@@ -120,15 +119,15 @@ class _Builder:
             first, second = slice(0, turned, 2), slice(1, turned, 2)
 
         def run(call: Call) -> None:
-            x = call.buffers[source]
+            x = call.buffers[source].numpy()
             here = slice(call.position, call.position + call.tokens)
             c, s = cosines[here, None], sines[here, None]
-            split = x.float().view(call.tokens, heads, width)
-            a, b = split[..., first], split[..., second]
-            result = x.clone().view(call.tokens, heads, width)
-            result[..., first] = (a * c).sub_(b * s).half()
-            result[..., second] = (b * c).add_(a * s).half()
-            _put(call, op, out, result.view(x.shape))
+            wide = x.astype(np.float32).reshape(call.tokens, heads, width)
+            a, b = wide[..., first], wide[..., second]
+            result = x.reshape(wide.shape).copy()
+            result[..., first] = a * c - b * s
+            result[..., second] = b * c + a * s
+            _put(call, op, out, result.reshape(x.shape))
 
         return run
 
@@ -152,16 +151,18 @@ class _Builder:
             masked = _masked(call)
             if masked is not None:
                 scored.masked_fill_(masked, 0)
-            _flag(call, op, scored)
+            _flag(call, op, scored.numpy())
             call.buffers[out] = scored if masked is None else scored.masked_fill_(masked, -torch.inf)
 
         return run
 
     def softmax(self, op: BoundOp) -> Run:
-        source, out, table = op.fields["in"], op.fields["out"], self._half(op.fields["exp"])
+        source, out, table = op.fields["in"], op.fields["out"], self._constant(op.fields["exp"], np.float16)
 
         def run(call: Call) -> None:
-            _put(call, op, out, exact_attention.softmax(call.buffers[source], _masked(call), table))
+            masked = _masked(call)
+            scored = call.buffers[source].numpy()
+            _put(call, op, out, exact_attention.softmax(scored, None if masked is None else masked.numpy(), table))
 
         return run
 
@@ -181,15 +182,15 @@ class _Builder:
                     for number, end in enumerate(ends)
                 ]
                 result = torch.cat(alone)
-            _put(call, op, out, result.view(call.tokens, -1))
+            _put(call, op, out, result.reshape(call.tokens, -1).numpy())
 
         return run
 
     def act(self, op: BoundOp) -> Run:
-        source, out, table = op.fields["in"], op.fields["out"], self._half(op.fields["table"])
+        source, out, table = op.fields["in"], op.fields["out"], self._constant(op.fields["table"], np.float16)
 
         def run(call: Call) -> None:
-            _put(call, op, out, table[call.buffers[source].view(torch.int16).int() & 0xFFFF])
+            _put(call, op, out, table[call.buffers[source].numpy().view(np.uint16)])
 
         return run
 
@@ -213,14 +214,14 @@ def _masked(call: Call) -> Any:
     return keys[None, :] > keys[call.position :, None]
 
 
-def _put(call: Call, op: BoundOp, out: str, result: Tensor) -> None:
+def _put(call: Call, op: BoundOp, out: str, result: Array) -> None:
     _flag(call, op, result)
-    call.buffers[out] = result
+    call.buffers[out] = torch.from_numpy(result)
 
 
-def _flag(call: Call, op: BoundOp, result: Tensor) -> None:
+def _flag(call: Call, op: BoundOp, result: Array) -> None:
     """Count what fp16 could not hold."""
-    bits = result.numpy().view(np.int16) & _INFINITE
+    bits = result.view(np.uint16) & _INFINITE
     if bits.max(initial=0) == _INFINITE:
         count = int(np.count_nonzero(bits == _INFINITE))
         call.overflows[op.label] = call.overflows.get(op.label, 0) + count

@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import pad
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 LANES = 128
 
 
-def tree_sum(products: Tensor, dim: int) -> Tensor:
-    """Sum of float32 `products` along `dim` by the document's order. `products` is used up.
+def fold(block: Any) -> Any:
+    """Sum of at most 128 lanes, the first dimension of `block` (numpy or torch, float32), which is used up.
 
-    A block adds lane i + 64 to lane i, then i + 32 .. i + 1; lanes that are missing are 0. The sum starts at 0 and the
-    blocks are added to it one after the other, so it is never -0.
+    Lane i + 64 is added to lane i, then i + 32 .. i + 1. Lanes that are missing stand for 0; a sum of 0 may come out as
+    -0, which adding it to 0 makes good.
     """
-    total: Tensor | None = None
-    for start in range(0, products.shape[dim], LANES):
-        block = fold(products.narrow(dim, start, min(LANES, products.shape[dim] - start)), dim)
-        total = block + 0.0 if total is None else total.add_(block)
-    assert total is not None
-    return total
-
-
-def fold(block: Tensor, dim: int) -> Tensor:
-    """Sum of at most 128 lanes along `dim` by the tree, in place; -0 where the document's lanes of 0 would give +0."""
     half = LANES // 2
     while half:
-        lanes = block.shape[dim]
-        if lanes > half:
-            block.narrow(dim, 0, lanes - half).add_(block.narrow(dim, half, lanes - half))
-            block = block.narrow(dim, 0, half)
+        if len(block) > half:
+            low = block[: len(block) - half]
+            low += block[half:]
+            block = block[:half]
         half //= 2
-    return block.select(dim, 0)
+    return block[0]
 
 
-def tree_sum_last(values: Tensor) -> Tensor:
-    """`tree_sum` along the last dimension with all blocks folded at once, for many of them. `values` is kept."""
-    lanes = values.shape[-1]
+def tree_sum(products: Array) -> Array:
+    """Sums along the last dimension of float32 `products`, in the document's order: onto 0, so never -0."""
+    lanes = products.shape[-1]
     blocks = -(-lanes // LANES)
-    padded = pad(values, (0, blocks * LANES - lanes)).reshape(*values.shape[:-1], blocks, LANES)
-    if padded.data_ptr() == values.data_ptr():
-        padded = padded.clone()
-    folded = fold(padded, -1)
-    total = folded[..., 0] + 0.0
-    for number in range(1, blocks):
-        total.add_(folded[..., number])
+    padded = np.zeros((*products.shape[:-1], blocks, LANES), dtype=np.float32)
+    padded.reshape(*products.shape[:-1], -1)[..., :lanes] = products
+    folded = fold(np.moveaxis(padded, -1, 0))
+    total = np.zeros(products.shape[:-1], dtype=np.float32)
+    for number in range(blocks):
+        total += folded[..., number]
     return total
