@@ -22,7 +22,7 @@ from edgetool.fpga_service.frames import ProtocolError
 VERSION = 1
 """Of the extension."""
 PLAIN_MAX_TOKENS = 1024
-"""What plain hosts are asked for where a request says nothing, as the first gateway asks."""
+"""Of a plain request that does not say, as the first gateway asks: an answer that rambles must end some time."""
 MOST_TOP_TOKENS = 100
 LOWEST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON does not have."""
@@ -89,7 +89,7 @@ class PlainRequest(_Record):
     def options(self, facts: DeviceFacts) -> GenerateOptions:
         """How to answer, with the model's own where nothing was said."""
         temperature = facts.temperature if self.temperature is None else self.temperature
-        return GenerateOptions(self.max_tokens, temperature, facts.top_p, facts.top_k)
+        return GenerateOptions(self.max_tokens or PLAIN_MAX_TOKENS, temperature, facts.top_p, facts.top_k)
 
 
 class HelloReply(_Strict):

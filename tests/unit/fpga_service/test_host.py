@@ -74,7 +74,7 @@ class TestPlain:
         gateway = OldGateway(host.port_a)
         assert gateway.ask(question("say this")) == "<this>"
         gateway.close()
-        assert device.options == [GenerateOptions(None, 1.0, 1.0, 0)]
+        assert device.options == [GenerateOptions(1024, 1.0, 1.0, 0)]
 
     def test_the_oldest_client_asks_without_json_or_marker_and_is_answered_alike(self, host: RunningHost) -> None:
         assert ask_bare(host.port_a, "say 你好") == "<你好>"

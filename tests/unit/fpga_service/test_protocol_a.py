@@ -32,7 +32,7 @@ def test_a_plain_request_is_read_with_what_was_not_given_taken_from_the_model() 
     asked = {"model": None, "messages": [{"role": "user", "content": "hi"}], "temperature": None, "max_tokens": None}
     request = a.read_plain(json.dumps(asked))
     assert request.messages == (a.ChatMessage(role="user", content="hi"),)
-    assert request.options(FACTS) == GenerateOptions(None, 0.6, 0.9, 40)
+    assert request.options(FACTS) == GenerateOptions(1024, 0.6, 0.9, 40)
     given = a.read_plain(json.dumps({**asked, "temperature": 0, "max_tokens": 7, "stream": True}))
     assert given.options(FACTS) == GenerateOptions(7, 0.0, 0.9, 40)
 
