@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetool.errors import BackendFailed
+from edgetool.errors import BadInput, EdgetoolError, MissingDependency, ResourceUnavailable, VerificationFailed
 from edgetool.fpga_service.jobs import HostJob
 from edgetool.process import Child, Restarts, describe
 from edgetool.progress import Progress
@@ -18,6 +18,9 @@ from edgetool.serving.starting import own_environment, start_child
 
 _BACKLOG = 128
 _LOOK_S = 0.1
+_ERROR = "error: "
+_OWN_WORDS = {kind.exit_code: kind for kind in (BadInput, MissingDependency, ResourceUnavailable, VerificationFailed)}
+"""Exit codes of the host whose last error is one sentence for the user."""
 _COMMAND = [sys.executable, "-m", "edgetool.fpga_service.host_main"]
 
 
@@ -70,10 +73,13 @@ class EmbeddedHost:
             await asyncio.to_thread(self.start)
             started_s = time.monotonic()
 
-    def ended(self) -> BackendFailed | None:
-        """Why it is of no use any more: it has ended. None while it runs."""
+    def ended(self) -> EdgetoolError | None:
+        """Why it is of no use any more: it has ended, with words of its own or without. None while it runs."""
         if self.child is None or (code := self.child.poll()) is None:
             return None
+        words = [line.removeprefix(_ERROR) for line in self.child.tail().splitlines() if line.startswith(_ERROR)]
+        if words and code in _OWN_WORDS:
+            return _OWN_WORDS[code](words[-1])
         return self.child.failure(f"the host of {self.job.image} ended before it was ready ({describe(code)})")
 
     def stop(self, grace_s: float) -> None:
