@@ -60,13 +60,13 @@ def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress)
         source = resolve_configured(config.verify, common, config.revision, progress)
         return verify.verify(image, Checkpoint.open(source.path), threads, progress)
     if config.verify_run is not None:
-        from edgetool.fpga.verify_run import verify_run
+        from edgetool.fpga.verify_run import RunSettings, verify_run
         from edgetool.models.devices import resolve_device
 
         source = resolve_configured(config.verify_run, common, config.revision, progress)
         where = str(resolve_device("auto")) if config.numerics == "fast" else "cpu"
-        checkpoint = Checkpoint.open(source.path)
-        return verify_run(image, checkpoint, config.numerics, where, threads, config.trace, progress)
+        settings = RunSettings(config.numerics, where, threads, config.trace, config.overwrite)
+        return verify_run(image, Checkpoint.open(source.path), settings, progress)
     return checks.inspect(image, threads, progress)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import detect
+from edgetool.errors import BadInput
 from edgetool.fpga.hardware import VCU128
 from edgetool.fpga.image import Image
 from edgetool.fpga.scalar_reader import ScalarReader
@@ -33,6 +34,24 @@ class ReferenceWeights:
         self._ports = [image.port(pc) for pc in range(VCU128.pseudo_channels)]
         self._kept: dict[str, Tensor] = {}
         self._kept_bytes = 0
+        for record in image.tensors.values():
+            self._check(record["name"], record["source"], record["K"])
+
+    def _check(self, name: str, source: Mapping[str, Any], width: int) -> None:
+        """The checkpoint must have the rows that a matrix comes from."""
+        layouts = {} if self._side.found is None else self._side.found.layouts
+        module, rows = source["module"], source["rows"][1]
+        if module in layouts:
+            shape = (layouts[module].out_features, layouts[module].in_features)
+        else:
+            info = self._side.checkpoint.tensors.get(f"{module}.weight")
+            shape = (0, 0) if info is None or len(info.shape) != 2 else (info.shape[0], info.shape[1])
+        if shape[0] < rows or shape[1] != width:
+            where = self._side.checkpoint.directory
+            raise BadInput(
+                f"{where}: {module} is {list(shape)}; {name} of the image comes from {rows} rows of {width}",
+                "name the checkpoint that the image was compiled from",
+            )
 
     def rounded(self, name: str) -> bool:
         """Whether the compiler rounded this matrix itself, so that the checkpoint does not have its values."""

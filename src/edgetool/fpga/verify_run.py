@@ -47,55 +47,59 @@ PROMPT_TOKENS = 24
 NEW_TOKENS = 40
 
 
-def verify_run(
-    directory: Path,
-    checkpoint: Checkpoint,
-    numerics: NumericsName,
-    device: str,
-    threads: int,
-    trace: Path | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Run the image and compare; returns what was found. trace: file for a line of every operation of the traced runs.
+@dataclass(frozen=True)
+class RunSettings:
+    """How the image is run. device: cpu or cuda..., for `fast`. trace: file for a line of every compared operation."""
+
+    numerics: NumericsName = "et1"
+    device: str = "cpu"
+    threads: int = 1
+    trace: Path | None = None
+    overwrite: bool = False
+    new_tokens: int = NEW_TOKENS
+
+
+def verify_run(directory: Path, checkpoint: Checkpoint, settings: RunSettings, progress: Progress) -> dict[str, Any]:
+    """Run the image and compare; returns what was found.
 
     Raises VerificationFailed, with the same figures in `details`, where a limit above or the plan of bytes does not
     hold; BadInput where the checkpoint is not the image's.
     """
-    image = Image.open(directory, hashes=True, jobs=threads)
+    image = Image.open(directory, hashes=True, jobs=settings.threads)
     weights = ReferenceWeights(image, checkpoint)
-    simulator = Simulator(image, numerics, threads, device)
-    progress.note("generating on the simulated board")
-    sequences = [_greedy(simulator, prompt, NEW_TOKENS) for prompt in prompts(image)]
-    del simulator
     errors = OperationErrors(weights)
     with ExitStack() as stack:
         traces: list[Trace] = [errors]
-        if trace is not None:
-            traces.append(stack.enter_context(JsonlTrace(trace)))
-        traced = Simulator(image, numerics, threads, device, _Both(traces))
-        with progress.task("compare operations", len(sequences), "sequences") as task:
-            for sequence in sequences:
-                errors.begin(sequence.ids)
+        if settings.trace is not None:
+            traces.append(stack.enter_context(JsonlTrace(settings.trace, overwrite=settings.overwrite)))
+        progress.note("generating on the simulated board")
+        simulator = Simulator(image, settings.numerics, settings.threads, settings.device)
+        runs = [_greedy(simulator, prompt, settings.new_tokens) for prompt in prompts(image)]
+        del simulator
+        traced = Simulator(image, settings.numerics, settings.threads, settings.device, _All(traces))
+        with progress.task("compare operations", len(runs), "sequences") as task:
+            for run in runs:
+                errors.begin(run.ids)
                 with traced.session() as session:
-                    session.feed(sequence.ids, "all")
+                    session.feed(run.ids, "all")
                 task.advance()
         del traced
-    name, logits = _reference_logits(weights, checkpoint, [sequence.ids for sequence in sequences], progress)
+    name, logits = _reference_logits(weights, checkpoint, [run.ids for run in runs], progress)
     found = {
         "image": str(directory),
         "checkpoint": str(checkpoint.directory),
-        "numerics": numerics,
+        "numerics": settings.numerics,
         "reference": name,
         "head": "of the image, rounded by the compiler" if weights.rounded("lm_head") else "of the checkpoint",
-        "sequences": len(sequences),
-        "tokens": sum(len(sequence.ids) for sequence in sequences),
-        **_compare(sequences, logits),
+        "sequences": len(runs),
+        "tokens": sum(len(run.ids) for run in runs),
+        **_compare(runs, logits),
         "operations": errors.found(),
-        "bytes_per_token": sequences[0].decode_bytes,
+        "bytes_per_token": runs[0].decode_bytes,
     }
-    if trace is not None:
-        found["trace"] = str(trace)
-    _judge(found, numerics)
+    if settings.trace is not None:
+        found["trace"] = str(settings.trace)
+    _judge(found, settings.numerics)
     return found
 
 
@@ -145,7 +149,7 @@ def _greedy(simulator: Simulator, prompt: list[int], new_tokens: int) -> Run:
     return Run(ids, len(prompt), logits, {"context_tokens": len(ids), **traffic})
 
 
-class _Both:
+class _All:
     """One Trace for several."""
 
     def __init__(self, traces: Sequence[Trace]) -> None:
@@ -249,13 +253,13 @@ def _program_logits(weights: ReferenceWeights, ids: list[int]) -> Tensor:
     raise BadInput(f"{weights.image.directory}: the program hands out no logits")
 
 
-def _compare(sequences: Sequence[Run], references: Sequence[Tensor]) -> dict[str, Any]:
+def _compare(runs: Sequence[Run], references: Sequence[Tensor]) -> dict[str, Any]:
     """Logits and greedy tokens of all sequences against the reference's."""
-    ours = torch.cat([sequence.logits for sequence in sequences])
+    ours = torch.cat([run.logits for run in runs])
     theirs = torch.cat(list(references))
     # the token chosen after the last one is not part of the sequence, but chosen it is
-    chosen = torch.cat([sequence.logits[sequence.first - 1 :].argmax(1) for sequence in sequences])
-    judged = torch.cat([each[one.first - 1 :] for one, each in zip(sequences, references, strict=True)])
+    chosen = torch.cat([run.logits[run.first - 1 :].argmax(1) for run in runs])
+    judged = torch.cat([each[one.first - 1 :] for one, each in zip(runs, references, strict=True)])
     difference = (ours - theirs).abs()
     largest = float(difference.max()) if bool(torch.isfinite(difference).all()) else float("inf")
     best = judged.topk(2, 1).values

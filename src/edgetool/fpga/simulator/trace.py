@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgetool.artifacts import disk_errors
+from edgetool.errors import BadInput
 from edgetool.fpga.simulator.interfaces import BoundOp, Call
 
 
@@ -22,13 +23,22 @@ class JsonlTrace:
     the mask leaves out among them).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self._path = path
+        self._overwrite = overwrite
         self._file: TextIO | None = None
 
     def __enter__(self) -> JsonlTrace:
-        with disk_errors(self._path):
-            self._file = self._path.open("w", encoding="utf-8")
+        """Raises BadInput where the file is there already (without `overwrite`) or cannot be written."""
+        if not self._path.parent.is_dir():
+            raise BadInput(f"{self._path.parent}: no such directory")
+        try:
+            with disk_errors(self._path):
+                self._file = self._path.open("w" if self._overwrite else "x", encoding="utf-8")
+        except FileExistsError:
+            raise BadInput(f"{self._path}: exists already", "add --overwrite to replace it") from None
+        except IsADirectoryError:
+            raise BadInput(f"{self._path}: is a directory; a trace is a file") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
