@@ -41,7 +41,7 @@ Listening = Sequence[tuple[Protocol, socket.socket]]
 
 
 def serve(config: Config, progress: Progress, announce: Announce) -> None:
-    """Lease the board and the ports, open the device, announce it, and serve until a signal comes.
+    """Lease the board and the ports, open the device, announce it, and serve until a signal ends the process.
 
     Raises:
         BadInput, VerificationFailed: the image is damaged.
@@ -79,9 +79,8 @@ def serve(config: Config, progress: Progress, announce: Announce) -> None:
                 }
             )
 
-        number = run(device, listening, settings.max_queue, settings.timeout_s, progress.note, ready)
-    if number == signal.SIGTERM:
-        signal.raise_signal(number)  # as the command line has it end
+        run(device, listening, settings.max_queue, settings.timeout_s, progress.note, ready)
+    signal.raise_signal(signal.SIGTERM)  # the command line's own handler decides how it ends
 
 
 def run(
@@ -91,14 +90,20 @@ def run(
     timeout_s: float,
     log: Callable[[str], None],
     ready: Callable[[], None],
-) -> int:
-    """Serve until SIGTERM or Ctrl-C; the signal's number. Ctrl-C is raised as KeyboardInterrupt, as usual."""
+) -> None:
+    """Serve until SIGTERM, or Ctrl-C, which is raised as KeyboardInterrupt."""
     worker = Worker(device, max_queue, log)
 
     async def serving() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, stop.set)
+
+        def ask(*_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                loop.call_soon_threadsafe(stop.set)
+
+        # not the loop's own add_signal_handler: it leaves a moment at the end in which a second signal kills
+        signal.signal(signal.SIGTERM, ask)
         async with Host(worker, listening, timeout_s, log):
             ready()
             await stop.wait()
@@ -108,7 +113,6 @@ def run(
         asyncio.run(serving())
     finally:
         signal.signal(signal.SIGTERM, before)
-    return signal.SIGTERM
 
 
 def _check(settings: FpgaHostConfig) -> None:
