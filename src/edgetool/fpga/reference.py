@@ -47,9 +47,9 @@ class ReferenceWeights:
             info = self._side.checkpoint.tensors.get(f"{module}.weight")
             shape = (0, 0) if info is None or len(info.shape) != 2 else (info.shape[0], info.shape[1])
         if shape[0] < rows or shape[1] != width:
-            where = self._side.checkpoint.directory
+            found = f"{module} is {list(shape)}" if any(shape) else f"there is no {module}"
             raise BadInput(
-                f"{where}: {module} is {list(shape)}; {name} of the image comes from {rows} rows of {width}",
+                f"{self._side.checkpoint.directory}: {found}; {name} of the image comes from {rows} rows of {width}",
                 "name the checkpoint that the image was compiled from",
             )
 

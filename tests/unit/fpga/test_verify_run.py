@@ -16,7 +16,7 @@ from edgetool.errors import BadInput, VerificationFailed
 from edgetool.fpga.image import Image
 from edgetool.fpga.verify_run import OPERATION_LIMITS, RunSettings, verify_run
 from edgetool.progress import NullProgress, RecordingProgress
-from tests.fakes.quantized_models import Made, make_quantized
+from tests.fakes.quantized_models import Made, Shape, make_quantized
 from tests.unit.fpga.test_checks import at, rewrite
 from tests.unit.fpga.test_image import edit, edit_program
 from tests.unit.fpga.test_images_run import CASES
@@ -137,8 +137,10 @@ def test_another_models_checkpoint_is_refused_or_found(compiled: Compiled, tmp_p
     _, image = compiled("llama")
     with pytest.raises(VerificationFailed, match="off by"):
         check(image, make_quantized(tmp_path / "other", "llama", seed=5))
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match=r"there is no model\.layers\.0\.self_attn\.q_proj; layers\.0\.q of the image"):
         check(image, make_quantized(tmp_path / "glm", "chatglm"))
+    with pytest.raises(BadInput, match=r"q_proj is \[256, 256\]; layers\.0\.q of the image comes from 192 rows of 192"):
+        check(image, make_quantized(tmp_path / "wide", "llama", shape=Shape(hidden=256, heads=8)))
 
 
 def test_a_file_with_another_hash_is_not_run(damaged: tuple[Made, Path]) -> None:
@@ -174,7 +176,11 @@ def test_the_trace_has_a_line_for_every_operation(compiled: Compiled, tmp_path: 
     assert scores["shape"] == [6, 32, 32] and scores["not_finite"] == 6 * 32 * 31 // 2
     assert all(line["seconds"] >= 0 for line in lines)
     assert found["trace"] == str(tmp_path / "trace.jsonl")
-    for place, words in (("trace.jsonl", "exists already"), ("no/trace.jsonl", "no such directory"), (".", "director")):
+    for place, words in (
+        ("trace.jsonl", "exists already"),
+        ("no/trace.jsonl", "no such directory"),
+        (".", "exists already"),
+    ):
         with pytest.raises(BadInput, match=words):
             check(image, made, trace=tmp_path / place)
 
