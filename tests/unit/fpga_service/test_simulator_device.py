@@ -125,9 +125,9 @@ def test_an_end_token_ends_the_answer_unless_it_is_ignored(image: Path, prompt: 
     ending = usual[3].id
     assert ending not in {step.id for step in usual[:3]}
     ends = Path(shutil.copytree(image, tmp_path / "image"))
-    change_defaults(ends, {"eos_token_id": [ending, 1]})
+    change_defaults(ends, {"eos_token_id": [ending]})
     device = open_device(ends)
-    assert set(device.facts.eos_token_ids) == {ending, 1}
+    assert set(device.facts.eos_token_ids) == {ending, *open_device(image).facts.eos_token_ids}
     steps = steps_of(device, prompt, GenerateOptions(24, temperature=0))
     assert [step.id for step in steps] == [step.id for step in usual[:4]]
     assert (steps[-1].finish, [step.finish for step in steps[:-1]]) == ("stop", [None] * 3)
@@ -149,7 +149,7 @@ def test_the_models_own_defaults_are_facts(image: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(image, tmp_path / "image"))
     change_defaults(own, {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "eos_token_id": 5})
     facts = open_device(own).facts
-    assert (facts.temperature, facts.top_p, facts.top_k, facts.eos_token_ids) == (0.6, 0.9, 40, (1, 5))
+    assert (facts.temperature, facts.top_p, facts.top_k, facts.eos_token_ids) == (0.6, 0.9, 40, (1, 2, 5))
     for wrong in ({"temperature": "warm"}, {"top_k": []}, {"eos_token_id": ["x"]}, "{", "[]"):
         change_defaults(own, wrong if wrong else {})
         if wrong == {"top_k": []}:
@@ -239,8 +239,14 @@ def test_the_template_is_the_models_own_and_gets_the_whole_history(device: Simul
     assert text == "".join(said) + "<|im_start|>assistant\n"
     with pytest.raises(BadInput, match="messages is empty"):
         device.encode_chat([])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('a user must begin') }}", "{{ messages[9].a.b }}", "{%"])
+def test_what_a_template_refuses_is_the_clients_error(image: Path, template: str) -> None:
+    tokens = Tokens(image / "tokenizer", "llama")
+    tokens.tokenizer.chat_template = template
     with pytest.raises(BadInput, match="refuses these messages"):
-        device.encode_chat([{"role": "user"}])  # the template asks for content
+        tokens.encode_chat(QUESTION)
 
 
 def test_a_model_without_a_template_does_not_converse(image: Path, tmp_path: Path) -> None:
