@@ -18,7 +18,7 @@ class FakeDevice:
     Args:
         vocab: ids below it.
         context_tokens: longest sequence.
-        gate: every step waits for it, where one is given.
+        gate: every step waits for it, until it is taken away.
         fail: what `generate` raises after one step.
     """
 
@@ -62,10 +62,9 @@ class FakeDevice:
         answer = [ord(c) for c in f"<{text.split()[-1]}>"] + [EOS]
         most = min(options.max_tokens or len(prompt) + len(answer), self.facts.max_context_tokens - len(prompt))
         for count, id in enumerate(answer[:most], 1):
-            if self.gate is not None:
-                while not self.gate.acquire(timeout=0.01):
-                    if cancelled():
-                        break
+            gate = self.gate
+            while gate is not None and gate is self.gate and not cancelled() and not gate.acquire(timeout=0.01):
+                pass
             if cancelled():
                 self.stopped += 1
                 return

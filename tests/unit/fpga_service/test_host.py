@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import struct
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from edgetool.fpga_service import host as host_module
 from edgetool.fpga_service.device import GenerateOptions, ScoredToken
 from tests.fakes.fake_device import FakeDevice
 from tests.fakes.old_client import OldGateway, ask_bare
@@ -370,7 +372,7 @@ class TestExtension:
             device.gate = None
             assert raw.until_end(5)[-1]["type"] == "done"
 
-    def test_a_hundred_requests_of_ten_connections_get_their_own_answers(self, host: RunningHost) -> None:
+    def test_a_hundred_requests_of_ten_connections_get_their_own_answers(self) -> None:
         def ask(connection: int) -> list[str]:
             with Raw(host.port_a) as raw:
                 raw.hello()
@@ -385,7 +387,7 @@ class TestExtension:
                     left -= message["type"] == "done"
                 return [texts[n] for n in range(10)]
 
-        with ThreadPoolExecutor(10) as pool:
+        with RunningHost(FakeDevice(), max_queue=100) as host, ThreadPoolExecutor(10) as pool:
             for connection, texts in enumerate(pool.map(ask, range(10))):
                 assert texts == [f"<c{connection}n{n}>" for n in range(10)]
 
@@ -403,6 +405,35 @@ class TestExtension:
             assert raw.heard()["type"] == "started"
             raw.socket.sendall(bad)
             until(lambda: device.stopped == 1)
+
+
+class TestLimits:
+    def test_who_reads_nothing_is_disconnected_before_it_fills_the_memory(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(host_module, "_MOST_UNREAD_BYTES", 1 << 20)
+        device = FakeDevice(context_tokens=10**6)
+        with RunningHost(device) as host, Raw(host.port_a) as deaf, Raw(host.port_a) as raw:
+            deaf.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.hello()
+            deaf.say(**complete(1, "x" * 10**5))
+            raw.hello()
+            raw.say(**complete(1, "short"))
+            assert raw.until_end(1)[-1]["type"] == "done"  # the device was given up for the deaf one
+            assert 0 < device.steps < 10**5
+
+    def test_more_connections_than_there_may_be_are_closed_and_the_others_stay(
+        self, host: RunningHost, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(host_module, "MOST_CONNECTIONS", 2)
+        with Raw(host.port_a) as first, Raw(host.port_a) as second:
+            for raw in (first, second):
+                raw.hello()
+            with Raw(host.port_a) as third:
+                assert third.closed()
+            for raw in (first, second):
+                raw.say(type="ping", id=1)
+                assert raw.heard()["type"] == "pong"
 
 
 class TestTurns:

@@ -173,7 +173,7 @@ def test_without_waiting_for_what_is_owed_the_late_answer_would_reach_the_next_r
     """The negative control of the test before: what it forbids does happen without the rule."""
 
     async def test() -> None:
-        host = FakeHost(extended=False, fault="late", delay_s=0.5)
+        host = FakeHost(extended=False, fault="late", delay_s=1.5)
         async with host, client_of(host, settle_s=0.0) as client:
             await client.wait_ready(LIMIT_S)
             with pytest.raises(TimedOut):
