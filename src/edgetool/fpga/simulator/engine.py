@@ -40,13 +40,12 @@ class Simulator:
         trace: Trace | None = None,
         prefix_cache_bytes: int = 1 << 30,
     ) -> None:
-        """Read the whole image. threads: of torch, for the whole process (None: as it is).
+        """Read the whole image. threads: at most that many of torch's while a call runs (None: as many as it has).
 
         Raises BadInput where program and image do not fit together, VerificationFailed where the weights are not as
         large as the manifest says that reading them is.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._threads = torch.get_num_threads() if threads is None else threads
         self.image = image
         self.program = bind(image)
         self.prefixes = PrefixCache(prefix_cache_bytes)
@@ -93,6 +92,15 @@ class Simulator:
 
     def run(self, call: Call, cancelled: Callable[[], bool] | None = None) -> bool:
         """Put one call through the program; False where `cancelled` said so in between, with nothing taken."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._numerics.threads(call.tokens, self._threads))
+        try:
+            with np.errstate(all="ignore"):  # what becomes infinite is counted by the operations
+                return self._run(call, cancelled)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self, call: Call, cancelled: Callable[[], bool] | None) -> bool:
         layer = -1
         for step in self._body:
             if step.op.layer != layer:

@@ -5,16 +5,10 @@ Tiles of queries and keys only say what is computed together: no sum crosses fro
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from edgetool.fpga.simulator.exact_sums import LANES, fold, tree_sum
-
-Array = npt.NDArray[Any]
 
 _TILE_VALUES = 1 << 18
 
@@ -40,18 +34,18 @@ def scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return out.mul_(torch.tensor(scale, dtype=torch.float32)).half().view(heads, tokens, count)
 
 
-def softmax(scored: Array, masked: Array | None, table: Array) -> Array:
-    """float16 [heads, tokens, keys] of scores, -inf where masked. table: float16 [65536] of exp.
+def softmax(scored: Tensor, masked: Tensor | None, table: Tensor) -> Tensor:
+    """float16 [heads, tokens, keys] of scores, -inf where masked. table: float32 [65536] of exp.
 
     masked: bool [tokens, keys], keys behind the query; None: there are none.
     """
-    wide = scored.astype(np.float32)
-    shifted = (wide - wide.max(axis=2, keepdims=True)).astype(np.float16)
-    weights = table[shifted.view(np.uint16)].astype(np.float32)
+    wide = scored.float()
+    shifted = wide.sub_(wide.amax(2, keepdim=True)).half()
+    weights = table[shifted.view(torch.int16).int().bitwise_and_(0xFFFF)]
     if masked is not None:
-        weights[:, masked] = 0.0
-    quotients: Array = (weights / tree_sum(weights)[..., None]).astype(np.float16)
-    return quotients
+        weights.masked_fill_(masked, 0.0)
+    totals = torch.from_numpy(tree_sum(weights.numpy()))
+    return weights.div_(totals[..., None]).half()
 
 
 def mixed(probabilities: Tensor, values: Tensor) -> Tensor:

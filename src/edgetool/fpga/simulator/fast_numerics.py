@@ -31,6 +31,9 @@ class FastNumerics:
             return KvCache(self._geometry)
         return DeviceKvCache(self._geometry, self._device)
 
+    def threads(self, tokens: int, available: int) -> int:
+        return available
+
     def compile(self, ops: Sequence[BoundOp], resources: Resources, traced: bool) -> list[Step]:
         makes = Fusions(resources, self._device)
         steps: list[Step] = []

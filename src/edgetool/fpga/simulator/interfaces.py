@@ -168,6 +168,10 @@ class Numerics(Protocol):
         """An empty cache for a sequence of the image's whole context."""
         ...
 
+    def threads(self, tokens: int, available: int) -> int:
+        """How many of torch's threads a call of some tokens should use: where work is little, waiting costs more."""
+        ...
+
 
 class Trace(Protocol):
     """Is told of every operation, with its result. It must not change it."""

@@ -75,7 +75,8 @@ class KvCache:
 
     def port(self, pc: int) -> Array:
         """The bytes of one PC from kv.base on: uint8, not a copy."""
-        return self.data[pc].reshape(-1).view(np.uint8)
+        octets: Array = self.data[pc].reshape(-1).view(np.uint8)
+        return octets
 
     def snapshot(self, tokens: int) -> KvSnapshot:
         return KvSnapshot(self.data[..., :tokens].copy())

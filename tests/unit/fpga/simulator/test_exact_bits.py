@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ import pytest
 
 from edgetool.fpga.image import Image
 from edgetool.fpga.simulator.engine import Simulator
-from tests.fakes.quantized_models import Made, Shape
+from tests.fakes.quantized_models import Made
 from tests.fakes.scalar_et1 import ScalarEt1
+from tests.unit.fpga.simulator.damage import with_constant
 from tests.unit.fpga.simulator.recording import Recording, bits
+from tests.unit.fpga.simulator.shapes import LONG_ROWS, SMALL, SMALLEST, WIDE_ROWS
 
 Compiled = Callable[..., tuple[Made, Path]]
 
 IDS = [3, 17, 32, 30]
-SMALL = Shape(layers=2, hidden=96, ffn=160, heads=3, kv_heads=1, head_dim=32, vocab=70)
-LONG_ROWS = Shape(layers=1, hidden=64, ffn=576, heads=2, kv_heads=1, head_dim=32, vocab=40)
-WIDE_ROWS = Shape(layers=1, hidden=256, ffn=384, heads=2, kv_heads=2, head_dim=128, vocab=33)
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -73,3 +73,26 @@ def test_every_operation_is_what_plain_loops_compute(compiled: Compiled, case: s
     per_token = len(oracle.program["prologue"]) + oracle.program["layers"] * len(oracle.program["layer"])
     assert compare(recording, oracle, IDS) == per_token * len(IDS) + len(oracle.program["epilogue"])
     assert session.overflows == {}
+
+
+def test_a_context_of_several_blocks_of_lanes_is_what_plain_loops_compute(compiled: Compiled) -> None:
+    _, image = compiled("llama", {"max_context": 144}, shape=SMALLEST)
+    ids = [(7 * number) % 34 for number in range(140)]
+    recording = Recording()
+    session = Simulator(Image.open(image), trace=recording).session()
+    session.feed(ids[:131], logits="none")
+    session.feed(ids[131:])
+    assert compare(recording, ScalarEt1(image), ids) > 140 * 10
+
+
+def test_numbers_beyond_fp16_become_what_ieee_says_and_are_flagged(compiled: Compiled, tmp_path: Path) -> None:
+    _, image = compiled("llama", shape=SMALL)
+    damaged = Path(shutil.copytree(image, tmp_path / "image"))
+    with_constant(damaged, "layers.0.post_norm", lambda gamma: gamma * 0 + np.float16(6e4))
+    recording = Recording()
+    session = Simulator(Image.open(damaged), trace=recording).session()
+    session.feed(IDS[:3], logits="none")
+    session.feed(IDS[3:])
+    assert compare(recording, ScalarEt1(damaged), IDS) > 100
+    assert session.overflows["layers.0.RMSNORM normed"] > 0
+    assert session.overflows["layers.1.MVM v"] > 0
