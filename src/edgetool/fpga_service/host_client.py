@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from edgetool.fpga_service import protocol_a
+from edgetool.fpga_service import extension, protocol_a
 from edgetool.fpga_service.answers import Answer, Encoded, Ended, Event, Scored, Started, Way
 from edgetool.fpga_service.device import DeviceFacts, GenerateOptions, ScoredToken, Step
 from edgetool.fpga_service.frames import ProtocolError
@@ -115,18 +115,18 @@ class HostClient:
 
         A plain host's answer is one Step of id -1; it is told of temperature and max_tokens only.
         """
-        work = _checked(lambda: protocol_a.Chat(id=0, messages=_messages(messages), options=_options(options)))
+        work = _checked(lambda: extension.Chat(id=0, messages=_messages(messages), options=_options(options)))
         plain = _checked(lambda: protocol_a.write_plain(messages, None, options))
         return Answer(self._sender(work, plain), timeout_s)
 
     def complete(self, prompt: str | Sequence[int], options: GenerateOptions, timeout_s: float) -> Answer:
         """Go on from a text or from token ids: Started, Steps, Ended. Not with a plain host."""
-        work = _checked(lambda: protocol_a.Complete(id=0, prompt=_prompt(prompt), options=_options(options)))
+        work = _checked(lambda: extension.Complete(id=0, prompt=_prompt(prompt), options=_options(options)))
         return Answer(self._sender(work), timeout_s)
 
     async def score(self, prompt: str | Sequence[int], top: int = 0, *, timeout_s: float) -> tuple[ScoredToken, ...]:
         """Every token of the prompt with its logprob after those before it. Not with a plain host."""
-        work = _checked(lambda: protocol_a.Score(id=0, prompt=_prompt(prompt), top=top))
+        work = _checked(lambda: extension.Score(id=0, prompt=_prompt(prompt), top=top))
         async with Answer(self._sender(work), timeout_s) as answer:
             async for event in answer:
                 if isinstance(event, Scored):
@@ -136,9 +136,9 @@ class HostClient:
     async def tokenize(self, what: str | Sequence[Mapping[str, Any]], *, timeout_s: float) -> tuple[int, ...]:
         """The ids of a text or of a history. Not with a plain host."""
         if isinstance(what, str):
-            work = _checked(lambda: protocol_a.Tokenize(id=0, text=what))
+            work = _checked(lambda: extension.Tokenize(id=0, text=what))
         else:
-            work = _checked(lambda: protocol_a.Tokenize(id=0, messages=_messages(what)))
+            work = _checked(lambda: extension.Tokenize(id=0, messages=_messages(what)))
         async with Answer(self._sender(work), timeout_s) as answer:
             async for event in answer:
                 if isinstance(event, Encoded):
@@ -159,7 +159,7 @@ class HostClient:
         self._why = "the gateway is ending"
         self._decided.set()
 
-    def _sender(self, work: protocol_a.Work, plain: str | None = None) -> Callable[[Answer], Awaitable[Way]]:
+    def _sender(self, work: extension.Work, plain: str | None = None) -> Callable[[Answer], Awaitable[Way]]:
         async def send(answer: Answer) -> Way:
             await self._decided.wait()
             connection = self._connection
@@ -170,7 +170,7 @@ class HostClient:
                 raise self._away()
             if plain is None:
                 raise RequestRefused(
-                    f"the host at {self.address} speaks plain A, which has {work.type!r} not: chat only"
+                    f"the host at {self.address} speaks plain A, which knows chats only, not {work.type}"
                 )
             return await self._send_plain(answer, plain)
 
@@ -297,8 +297,8 @@ def _prompt(prompt: str | Sequence[int]) -> str | tuple[int, ...]:
     return prompt if isinstance(prompt, str) else tuple(prompt)
 
 
-def _options(options: GenerateOptions) -> protocol_a.Options:
-    return protocol_a.Options(**asdict(options))
+def _options(options: GenerateOptions) -> extension.Options:
+    return extension.Options(**asdict(options))
 
 
 def _checked(make: Callable[[], _Made]) -> _Made:

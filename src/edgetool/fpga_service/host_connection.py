@@ -11,7 +11,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import assert_never
 
-from edgetool.fpga_service import host_errors, protocol_a
+from edgetool.fpga_service import extension, host_errors, protocol_a
 from edgetool.fpga_service.answers import PLAIN_TOKEN, Answer, Encoded, Ended, Scored, Started
 from edgetool.fpga_service.device import Step
 from edgetool.fpga_service.frames import Frame, FrameReader, ProtocolError, encode_frame
@@ -79,13 +79,13 @@ class ExtendedConnection:
         self._ids: dict[Answer, int] = {}
         self._closed: str | None = None
 
-    def send(self, answer: Answer, work: protocol_a.Work) -> None:
+    def send(self, answer: Answer, work: extension.Work) -> None:
         """Send `work` under an id of its own; what comes for it goes to `answer`. Raises HostAway, RequestRefused."""
         if self._closed is not None:
             raise HostAway(self._closed, _AGAIN)
         id = self._take_id()
         try:
-            text = protocol_a.write(work.model_copy(update={"id": id, "timeout_s": max(answer.left_s, 0.001)}))
+            text = extension.write(work.model_copy(update={"id": id, "timeout_s": max(answer.left_s, 0.001)}))
         except ValueError as error:  # lone surrogates
             raise RequestRefused(f"the request cannot be sent: {error}") from error
         self._wire.write(text)
@@ -96,7 +96,7 @@ class ExtendedConnection:
         """Tell the host to stop; replies that are on their way are dropped."""
         id = self._forget(answer)
         if id is not None and self._closed is None:
-            self._wire.write(protocol_a.write(protocol_a.Cancel(id=id)))
+            self._wire.write(extension.write(extension.Cancel(id=id)))
 
     async def run(self) -> str:
         """Hand out what comes, until the connection is of no more use; returns why."""
@@ -104,7 +104,7 @@ class ExtendedConnection:
         alive = asyncio.create_task(self._stay_alive())
         try:
             while (frame := await self._wire.read()) is not None:
-                self._take(protocol_a.read_reply(frame.text))
+                self._take(extension.read_reply(frame.text))
         except ProtocolError as error:
             why = f"the host broke the protocol: {error}"
         except OSError as error:
@@ -132,7 +132,7 @@ class ExtendedConnection:
                 self.close(f"the host has said nothing for {silent_s:.0f} s")
                 return
             if silent_s > PING_EVERY_S:
-                self._wire.write(protocol_a.write(protocol_a.Ping(id=self._take_id())))
+                self._wire.write(extension.write(extension.Ping(id=self._take_id())))
 
     def _take_id(self) -> int:
         self.next_id += 1
@@ -144,32 +144,32 @@ class ExtendedConnection:
             del self._waiting[id]
         return id
 
-    def _take(self, reply: protocol_a.Reply) -> None:
+    def _take(self, reply: extension.Reply) -> None:
         if reply.id is None:
-            assert isinstance(reply, protocol_a.Failed)
+            assert isinstance(reply, extension.Failed)
             raise ProtocolError(f"it could not read a message of ours: {reply.message}")
         if not self._first_id <= reply.id < self.next_id:
             raise ProtocolError(f"a reply to request {reply.id}, which was never made")
         under_way = self._waiting.get(reply.id)
-        if under_way is None or isinstance(reply, protocol_a.Pong):
+        if under_way is None or isinstance(reply, extension.Pong):
             return  # given up, or ended: what was on its way then
         under_way.check(reply)
         answer = under_way.answer
         match reply:
-            case protocol_a.Started():
+            case extension.Started():
                 answer.put(Started(reply.prompt_tokens))
-            case protocol_a.Token():
+            case extension.Token():
                 answer.put(reply.step)
-            case protocol_a.Done():
+            case extension.Done():
                 self._forget(answer)
                 answer.put(Ended(reply.finish_reason, reply.prompt_tokens, reply.completion_tokens))
-            case protocol_a.Scores():
+            case extension.Scores():
                 self._forget(answer)
                 answer.put(Scored(reply.tokens))
-            case protocol_a.Tokens():
+            case extension.Tokens():
                 self._forget(answer)
                 answer.put(Encoded(reply.ids))
-            case protocol_a.Failed():
+            case extension.Failed():
                 self._forget(answer)
                 answer.fail(host_errors.of_reply(reply))
             case _:
@@ -181,25 +181,25 @@ class _UnderWay:
     """A request that was sent, and what may come for it next."""
 
     answer: Answer
-    work: protocol_a.Work
+    work: extension.Work
     started: bool = False
 
-    def check(self, reply: protocol_a.Reply) -> None:
+    def check(self, reply: extension.Reply) -> None:
         """Raise ProtocolError where `reply` cannot come for this request at this point."""
         tokens = self.answer.tokens
         match self.work, reply:
-            case _, protocol_a.Failed():
+            case _, extension.Failed():
                 return
-            case protocol_a.Score(), protocol_a.Scores():
+            case extension.Score(), extension.Scores():
                 return
-            case protocol_a.Tokenize(), protocol_a.Tokens():
+            case extension.Tokenize(), extension.Tokens():
                 return
-            case ((protocol_a.Chat() | protocol_a.Complete()), protocol_a.Started()) if not self.started:
+            case ((extension.Chat() | extension.Complete()), extension.Started()) if not self.started:
                 self.started = True
-            case _, protocol_a.Token() if self.started:
+            case _, extension.Token() if self.started:
                 if reply.index != tokens:
                     raise ProtocolError(f"token {reply.index} of request {reply.id} came in place of {tokens}")
-            case _, protocol_a.Done() if self.started:
+            case _, extension.Done() if self.started:
                 if reply.completion_tokens != tokens:
                     counts = f"{reply.completion_tokens} tokens, and {tokens} came"
                     raise ProtocolError(f"request {reply.id} ended after {counts}")

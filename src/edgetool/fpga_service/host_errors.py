@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgetool.errors import BackendFailed, BadInput, EdgetoolError, ResourceUnavailable
 from edgetool.fpga_service.device import ContextLengthExceeded
-from edgetool.fpga_service.protocol_a import Failed
+from edgetool.fpga_service.extension import Failed
 
 
 class HostAway(ResourceUnavailable):

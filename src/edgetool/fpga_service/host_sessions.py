@@ -10,10 +10,11 @@ from typing import Any, Protocol, assert_never
 
 from edgetool import __version__
 from edgetool.errors import BadInput
-from edgetool.fpga_service import protocol_a, tasks
+from edgetool.fpga_service import extension, protocol_a, tasks
 from edgetool.fpga_service.device import ContextLengthExceeded, Step
+from edgetool.fpga_service.extension import ErrorCode, Failed
 from edgetool.fpga_service.frames import Frame, ProtocolError
-from edgetool.fpga_service.protocol_a import ErrorCode, Failed, MalformedMessage
+from edgetool.fpga_service.protocol_a import MalformedMessage
 from edgetool.fpga_service.work import DeviceFailed, End, Job, QueueFull, Task, Worker
 
 
@@ -107,18 +108,18 @@ class ExtendedSession:
         if not frame.marked:
             raise ProtocolError("a frame without the marker")
         try:
-            request = protocol_a.read_request(frame.text)
+            request = extension.read_request(frame.text)
         except MalformedMessage as error:
             self._refuse(self._fresh(error.id), str(error))
             return self
-        if isinstance(request, protocol_a.Cancel):
+        if isinstance(request, extension.Cancel):
             if request.id in self._jobs:
                 self._jobs[request.id].end("cancelled")
         elif self._fresh(request.id) is None:
             self._refuse(None, f"the id {request.id} is not above all before it")
-        elif isinstance(request, protocol_a.Ping):
+        elif isinstance(request, extension.Ping):
             self._last_id = request.id
-            self._say(protocol_a.Pong(id=request.id))
+            self._say(extension.Pong(id=request.id))
         else:
             self._last_id = request.id
             self._start(request)
@@ -136,7 +137,7 @@ class ExtendedSession:
             self._last_id = id
         self._say(Failed(id=id, code="bad_request", message=message))
 
-    def _start(self, request: protocol_a.Work) -> None:
+    def _start(self, request: extension.Work) -> None:
         timeout_s = min(request.timeout_s or self._timeout_s, self._timeout_s)
         replies = _Replies(request.id, self._say)
 
@@ -157,16 +158,16 @@ class ExtendedSession:
         except QueueFull as error:
             self._say(Failed(id=request.id, code="queue_full", message=str(error)))
 
-    def _task(self, request: protocol_a.Work) -> Task:
+    def _task(self, request: extension.Work) -> Task:
         facts = self._worker.facts
         match request:
-            case protocol_a.Chat():
+            case extension.Chat():
                 return tasks.answer(tasks.of_messages(_dicts(request.messages)), request.options.resolve(facts))
-            case protocol_a.Complete():
+            case extension.Complete():
                 return tasks.answer(tasks.of_prompt(request.prompt), request.options.resolve(facts))
-            case protocol_a.Score():
+            case extension.Score():
                 return tasks.scores(tasks.of_prompt(request.prompt), request.top)
-            case protocol_a.Tokenize():
+            case extension.Tokenize():
                 if request.messages is not None:
                     return tasks.ids(tasks.of_messages(_dicts(request.messages)))
                 if request.text is None:
@@ -175,14 +176,14 @@ class ExtendedSession:
             case _:
                 assert_never(request)
 
-    def _say(self, message: protocol_a.Reply) -> None:
-        self._send(protocol_a.write(message))
+    def _say(self, message: extension.Reply) -> None:
+        self._send(extension.write(message))
 
 
 class _Replies:
     """What a job makes, as the messages of one request."""
 
-    def __init__(self, id: int, say: Callable[[protocol_a.Reply], None]) -> None:
+    def __init__(self, id: int, say: Callable[[extension.Reply], None]) -> None:
         self._id = id
         self._say = say
         self._made = 0
@@ -195,21 +196,21 @@ class _Replies:
         match item:
             case tasks.Begun():
                 self._prompt_tokens = item.prompt_tokens
-                self._say(protocol_a.Started(id=self._id, prompt_tokens=item.prompt_tokens))
+                self._say(extension.Started(id=self._id, prompt_tokens=item.prompt_tokens))
             case Step():
-                self._say(protocol_a.Token(id=self._id, index=self._made, step=protocol_a.finite(item)))
+                self._say(extension.Token(id=self._id, index=self._made, step=extension.finite(item)))
                 self._made += 1
                 self._finish = item.finish
             case tasks.ScoresMade():
                 self.answered = True
-                self._say(protocol_a.Scores(id=self._id, tokens=tuple(map(protocol_a.finite_score, item.tokens))))
+                self._say(extension.Scores(id=self._id, tokens=tuple(map(extension.finite_score, item.tokens))))
             case tasks.IdsMade():
                 self.answered = True
-                self._say(protocol_a.Tokens(id=self._id, ids=item.ids))
+                self._say(extension.Tokens(id=self._id, ids=item.ids))
             case End() if not self.answered:
                 self._say(self._last(item))
 
-    def _last(self, end: End) -> protocol_a.Reply:
+    def _last(self, end: End) -> extension.Reply:
         if isinstance(end.error, ContextLengthExceeded):
             return Failed(
                 id=self._id,
@@ -226,7 +227,7 @@ class _Replies:
             return Failed(id=self._id, code=end.why, message=_WHY[end.why])
         if self._finish is None:
             return Failed(id=self._id, code="device_failed", message="the device stopped before the answer's end")
-        return protocol_a.Done(
+        return extension.Done(
             id=self._id,
             finish_reason=self._finish,
             prompt_tokens=self._prompt_tokens,

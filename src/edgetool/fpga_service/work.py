@@ -196,8 +196,8 @@ class Worker:
         except EdgetoolError as error:
             self._log(f"the device failed: {error.message}")
             return End(DeviceFailed(error.message))
-        except Exception as error:
-            # a bug, whose traceback belongs into the log; the next request may be none
+        except BaseException as error:
+            # a bug, whose traceback belongs into the log; the thread goes on, since the next request may be none
             self._log("".join(traceback.format_exception(error)))
             return End(DeviceFailed(f"{type(error).__name__}: {error}"))
         return End()

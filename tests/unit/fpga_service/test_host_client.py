@@ -14,6 +14,7 @@ from edgetool.fpga_service.device import GenerateOptions, ScoredToken, Step
 from edgetool.fpga_service.host_client import HostClient
 from edgetool.fpga_service.host_errors import HostAway, HostFailed, RequestRefused, TimedOut
 from tests.fakes.fake_host import FakeHost, frame
+from tests.fakes.old_host import OldHost
 
 LIMIT_S = 20.0
 
@@ -159,7 +160,7 @@ def test_a_host_that_never_answers_is_waited_for_no_longer_than_the_deadline(ext
 def test_a_late_answer_of_a_plain_host_is_dropped_though_it_comes_on_the_next_connection() -> None:
     async def test() -> None:
         host = FakeHost(extended=False, fault="late", delay_s=0.5, faulty=1)
-        async with host, client_of(host, settle_s=LIMIT_S) as client:
+        async with host, client_of(host, settle_s=8) as client:
             await client.wait_ready(LIMIT_S)
             with pytest.raises(TimedOut):
                 await ask(client, "first", timeout_s=0.1)
@@ -167,6 +168,33 @@ def test_a_late_answer_of_a_plain_host_is_dropped_though_it_comes_on_the_next_co
             assert host.asked[0]["messages"] == user("first")
 
     run(test)
+
+
+def test_the_host_of_the_first_implementation_answers_though_it_pauses_between_connections() -> None:
+    async def test(host: OldHost) -> None:
+        async with HostClient("127.0.0.1", host.port) as client:
+            answers = await asyncio.gather(*(ask(client, f"nonce-{n}") for n in range(5)))
+            assert answers == [f"about nonce-{n}" for n in range(5)]
+            assert client.state in ("plain", "connecting") and client.ready
+
+    with OldHost(pause_s=0.1) as host:
+        run(lambda: test(host))
+        assert host.asked == ["Hi", *(f"nonce-{n}" for n in range(5))]
+
+
+def test_its_late_answer_which_it_sends_to_the_next_connection_is_dropped() -> None:
+    async def test(host: OldHost) -> None:
+        async with HostClient("127.0.0.1", host.port, settle_s=8) as client:
+            await client.wait_ready(LIMIT_S)
+            host.think_s = 1.5
+            with pytest.raises(TimedOut):
+                await ask(client, "first", timeout_s=0.2)
+            await until(lambda: host.asked == ["Hi", "first"])
+            host.think_s = 0.0
+            assert await ask(client, "second") == "about second"
+
+    with OldHost(pause_s=0.1) as host:
+        run(lambda: test(host))
 
 
 def test_without_waiting_for_what_is_owed_the_late_answer_would_reach_the_next_request() -> None:

@@ -1,4 +1,4 @@
-"""Messages of protocol A by hand-written JSON."""
+"""Messages of protocol A and its extension by hand-written JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
+from edgetool.fpga_service import extension as x
 from edgetool.fpga_service import protocol_a as a
 from edgetool.fpga_service.device import DeviceFacts, GenerateOptions, ScoredToken, Step
 
@@ -99,22 +100,22 @@ def test_no_other_text_counts_as_a_reply_to_the_hello() -> None:
     [
         (
             '{"type":"chat","id":5,"messages":[{"role":"user","content":"x"}],"options":{"temperature":1},"later":[]}',
-            a.Chat(id=5, messages=(a.ChatMessage(role="user", content="x"),), options=a.Options(temperature=1.0)),
+            x.Chat(id=5, messages=(a.ChatMessage(role="user", content="x"),), options=x.Options(temperature=1.0)),
         ),
-        ('{"type":"complete","id":0,"prompt":"x"}', a.Complete(id=0, prompt="x")),
+        ('{"type":"complete","id":0,"prompt":"x"}', x.Complete(id=0, prompt="x")),
         (
             '{"type":"complete","id":0,"prompt":[1,4294967295],"options":{"stop":["a"],"seed":18446744073709551615}}',
-            a.Complete(id=0, prompt=(1, 2**32 - 1), options=a.Options(stop=("a",), seed=2**64 - 1)),
+            x.Complete(id=0, prompt=(1, 2**32 - 1), options=x.Options(stop=("a",), seed=2**64 - 1)),
         ),
-        ('{"type":"score","id":1,"prompt":[7],"top":100}', a.Score(id=1, prompt=(7,), top=100)),
-        ('{"type":"tokenize","id":1,"text":"x","timeout_s":2}', a.Tokenize(id=1, text="x", timeout_s=2.0)),
-        ('{"type":"cancel","id":9007199254740991}', a.Cancel(id=2**53 - 1)),
-        ('{"type":"ping","id":1}', a.Ping(id=1)),
+        ('{"type":"score","id":1,"prompt":[7],"top":100}', x.Score(id=1, prompt=(7,), top=100)),
+        ('{"type":"tokenize","id":1,"text":"x","timeout_s":2}', x.Tokenize(id=1, text="x", timeout_s=2.0)),
+        ('{"type":"cancel","id":9007199254740991}', x.Cancel(id=2**53 - 1)),
+        ('{"type":"ping","id":1}', x.Ping(id=1)),
     ],
 )
-def test_requests_are_read(text: str, message: a.Request) -> None:
-    assert a.read_request(text) == message
-    assert a.read_request(a.write(message)) == message
+def test_requests_are_read(text: str, message: x.Request) -> None:
+    assert x.read_request(text) == message
+    assert x.read_request(x.write(message)) == message
 
 
 @pytest.mark.parametrize(
@@ -147,26 +148,26 @@ def test_requests_are_read(text: str, message: a.Request) -> None:
 )
 def test_what_is_no_request_is_malformed_and_says_whose_it_is(text: str, id: int | None) -> None:
     with pytest.raises(a.MalformedMessage) as caught:
-        a.read_request(text)
+        x.read_request(text)
     assert caught.value.id == id
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        a.Started(id=1, prompt_tokens=3),
-        a.Token(id=1, index=0, step=Step(5, "é", -0.5, ((5, "é", -0.5), (6, "f", -2.0)), "stop", "é")),
-        a.Token(id=1, index=1, step=Step(5, "")),
-        a.Done(id=1, finish_reason="length", prompt_tokens=1, completion_tokens=2),
-        a.Scores(id=1, tokens=(ScoredToken(1, "a", 0, None), ScoredToken(2, "b", 1, -1.0, ((2, "b", -1.0),)))),
-        a.Tokens(id=1, ids=(1, 2)),
-        a.Failed(id=None, code="bad_request", message="no"),
-        a.Failed(id=1, code="context_length_exceeded", message="x", prompt_tokens=5, max_context_tokens=4),
-        a.Pong(id=1),
+        x.Started(id=1, prompt_tokens=3),
+        x.Token(id=1, index=0, step=Step(5, "é", -0.5, ((5, "é", -0.5), (6, "f", -2.0)), "stop", "é")),
+        x.Token(id=1, index=1, step=Step(5, "")),
+        x.Done(id=1, finish_reason="length", prompt_tokens=1, completion_tokens=2),
+        x.Scores(id=1, tokens=(ScoredToken(1, "a", 0, None), ScoredToken(2, "b", 1, -1.0, ((2, "b", -1.0),)))),
+        x.Tokens(id=1, ids=(1, 2)),
+        x.Failed(id=None, code="bad_request", message="no"),
+        x.Failed(id=1, code="context_length_exceeded", message="x", prompt_tokens=5, max_context_tokens=4),
+        x.Pong(id=1),
     ],
 )
-def test_replies_are_read_as_they_were_written(message: a.Reply) -> None:
-    assert a.read_reply(a.write(message)) == message
+def test_replies_are_read_as_they_were_written(message: x.Reply) -> None:
+    assert x.read_reply(x.write(message)) == message
 
 
 @pytest.mark.parametrize(
@@ -183,12 +184,12 @@ def test_replies_are_read_as_they_were_written(message: a.Reply) -> None:
 )
 def test_what_is_no_reply_is_malformed(text: str) -> None:
     with pytest.raises(a.MalformedMessage):
-        a.read_reply(text)
+        x.read_reply(text)
 
 
 def test_options_that_were_not_given_are_the_models_own() -> None:
-    assert a.Options().resolve(FACTS) == GenerateOptions(None, 0.6, 0.9, 40)
-    given = a.Options(
+    assert x.Options().resolve(FACTS) == GenerateOptions(None, 0.6, 0.9, 40)
+    given = x.Options(
         max_tokens=1, temperature=0.0, top_p=0.5, top_k=0, seed=7, stop=("x",), logprobs=0, ignore_eos=True
     )
     assert given.resolve(FACTS) == GenerateOptions(1, 0.0, 0.5, 0, 7, ("x",), 0, True)
@@ -196,19 +197,19 @@ def test_options_that_were_not_given_are_the_models_own() -> None:
 
 def test_minus_infinity_becomes_a_number_that_json_has() -> None:
     infinite = -float("inf")
-    step = a.finite(Step(1, "a", infinite, ((1, "a", infinite), (2, "b", -1.0))))
+    step = x.finite(Step(1, "a", infinite, ((1, "a", infinite), (2, "b", -1.0))))
     assert step == Step(1, "a", -9999.0, ((1, "a", -9999.0), (2, "b", -1.0)))
-    assert a.finite_score(ScoredToken(1, "a", 0, None, ((1, "a", float("nan")),))).top == ((1, "a", -9999.0),)
+    assert x.finite_score(ScoredToken(1, "a", 0, None, ((1, "a", float("nan")),))).top == ((1, "a", -9999.0),)
 
 
 def test_the_document_names_every_message_field_and_code() -> None:
     known = set(re.findall(r"[a-z_0-9]+", TEXT))
-    kinds: list[Any] = [*get_args(a.Request), *get_args(a.Reply), a.Options, a.HelloReply, a.PlainRequest, a.Hello]
+    kinds: list[Any] = [*get_args(x.Request), *get_args(x.Reply), x.Options, a.HelloReply, a.PlainRequest, a.Hello]
     for kind in kinds:
         assert set(kind.model_fields) <= known, kind
         if "type" in kind.model_fields:
             assert f"| `{kind.model_fields['type'].default}` |" in TEXT
     for name in (*DeviceFacts.__dataclass_fields__, *Step.__dataclass_fields__, *ScoredToken.__dataclass_fields__):
         assert name in known, name
-    for code in get_args(a.ErrorCode):
+    for code in get_args(x.ErrorCode):
         assert f"| `{code}` |" in TEXT
