@@ -167,10 +167,12 @@ def test_however_it_ends_clients_are_told_and_nothing_is_left(image: Path, tmp_p
     async def test(served: Served, port: int) -> None:
         async with HostClient("127.0.0.1", port) as client:
             await client.wait_ready(LIMIT_S)
+            sent = False
             with pytest.raises(HostAway):
                 async with client.chat(QUESTION, GenerateOptions(ignore_eos=True), LIMIT_S) as answer:
                     async for event in answer:
-                        if isinstance(event, Step):
+                        if isinstance(event, Step) and not sent:
+                            sent = True  # a second one ends it the hard way, wherever it is
                             served.process.send_signal(number)
 
     with host_at(tmp_path, image) as served:
