@@ -16,6 +16,7 @@ from tests.fakes.image_runner import Runner
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 PROMPT = "The capital of France is"
+SLOWEST_TOKENS_PER_S = 5.0
 
 
 def edgetool(*arguments: Any) -> Any:
@@ -70,3 +71,30 @@ def test_the_bytes_speak_english(image: Path) -> None:
         words.append(int(np.argmax(logits)))
         logits = runner.feed([words[-1]])
     assert "Paris" in tokenizer.decode(words)
+
+
+def test_the_simulated_board_speaks_english_by_its_own_numerics(image: Path) -> None:
+    import time
+
+    from tokenizers import Tokenizer
+
+    from edgetool.fpga.image import Image
+    from edgetool.fpga.simulator.engine import Simulator
+
+    tokenizer = Tokenizer.from_file(str(image / "tokenizer" / "tokenizer.json"))
+    ids = tokenizer.encode(PROMPT).ids
+    simulator = Simulator(Image.open(image), "et1")
+    session = simulator.session()
+    logits = session.feed(ids)
+    one_by_one = simulator.session()
+    for token in ids:
+        last = one_by_one.feed([token])
+    assert np.array_equal(last.view(np.uint16), logits.view(np.uint16))
+    words: list[int] = []
+    start = time.process_time()
+    while len(words) < 8:
+        words.append(int(np.argmax(logits)))
+        logits = session.feed(words[-1:])
+    assert len(words) / (time.process_time() - start) > SLOWEST_TOKENS_PER_S  # of the processor's time: CI is busy
+    assert "Paris" in tokenizer.decode(words)
+    assert session.overflows == {}

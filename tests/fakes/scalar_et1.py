@@ -39,11 +39,16 @@ def fixed(x: np.float16) -> int:
     return int(scaled)
 
 
-def exact_sum(xs: list[np.float16], qs: list[int]) -> np.float32:
-    """The sum of x * q, rounded to fp32 once; by IEEE 754 where some x is infinite or NaN."""
-    if not all(np.isfinite(x) for x in xs):
-        return F32(sum(float(x) * q for x, q in zip(xs, qs, strict=True)))
-    whole = sum(map(mul, map(fixed, xs), qs))
+def prepared(xs: list[np.float16]) -> list[int] | list[float]:
+    """All of `xs` as whole numbers for `exact_sum`, or as floats where one is infinite or NaN."""
+    return [fixed(x) for x in xs] if all(np.isfinite(x) for x in xs) else [float(x) for x in xs]
+
+
+def exact_sum(xs: list[int] | list[float], qs: list[int]) -> np.float32:
+    """The sum of x * q, rounded to fp32 once; by IEEE 754 where some x is infinite or NaN. xs: as `prepared`."""
+    whole = sum(map(mul, xs, qs))
+    if isinstance(whole, float):
+        return F32(whole)
     assert abs(whole) < 2**53
     return F32(whole * 2.0**-24)
 
@@ -128,11 +133,12 @@ class ScalarEt1:
         words = self.constant("bias").view(np.uint32)
         biases = (words & 0xFFFF).astype(np.uint16).view(F16)
         out = []
+        starts = range(0, record["K"], record["group"] or record["K"])
+        groups = [prepared(source[start : start + record["group"]]) for start in starts]
         for n in range(record["N"]):
             acc = F32(0)
             if record["group"]:
-                for g, start in enumerate(range(0, record["K"], record["group"])):
-                    xs = source[start : start + record["group"]]
+                for g, (start, xs) in enumerate(zip(starts, groups, strict=True)):
                     acc = acc + F32(scales[n, g]) * exact_sum(xs, values[n][start : start + record["group"]])
                     if offsets is not None:
                         acc = acc + F32(offsets[n, g]) * exact_sum(xs, [1] * len(xs))

@@ -163,6 +163,9 @@ class _Binder:
         source, out = self._ends(op)
         self._same(op, ("in", source), ("out", out))
         self._shape(op, "index", "uint32", source)
+        largest = int(self.image.constant(fields["index"]).max())
+        if largest >= source:
+            raise self._wrong(op, f"index {fields['index']!r} names channel {largest} of {source}")
 
     def _mvm(self, op: BoundOp, fields: Mapping[str, Any]) -> None:
         source, out = self._ends(op)
@@ -230,7 +233,11 @@ class _Binder:
             self.kv = shape
             record = self.image.manifest["kv"]
             region = record["capacity_tokens"] * shape.channels * 2
-            if region != record["bytes_per_pc_region"] * 32 or record["bytes_per_pc_layer"] * 16 != region:
+            if (
+                shape.channels % 32
+                or region != record["bytes_per_pc_region"] * 32
+                or record["bytes_per_pc_layer"] * 16 != region
+            ):
                 raise self._wrong(op, f"the manifest's KV cache is not that of {shape.channels} channels")
         elif shape != self.kv:
             raise self._wrong(op, f"{shape.kv_heads} x {shape.head_dim} is not the KV cache's shape")

@@ -55,7 +55,7 @@ class Simulator:
         resources = ImageResources(image)
         self._body = self._numerics.compile(self.program.body, resources, trace is not None)
         self._epilogue = self._numerics.compile(self.program.epilogue, resources, trace is not None)
-        check_plan(str(image.directory), resources.read_bytes_by_role, image.manifest["memory"]["read_bytes_by_role"])
+        check_plan(str(image.directory), resources.read_bytes_by_role, _plan(image))
         self.facts = _facts(image, self.program, numerics)
 
     @property
@@ -140,6 +140,17 @@ def _numerics(name: NumericsName, image: Image, program: BoundProgram, device: s
     from edgetool.fpga.simulator.fast_numerics import FastNumerics
 
     return FastNumerics(geometry, device)
+
+
+def _plan(image: Image) -> dict[str, int]:
+    """Bytes that a token reads by role of matrix, as the manifest says."""
+    try:
+        return {str(role): int(count) for role, count in image.manifest["memory"]["read_bytes_by_role"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadInput(
+            f"{image.directory / 'manifest.json'}: memory.read_bytes_by_role is missing or no table of numbers",
+            "compile the checkpoint again",
+        ) from None
 
 
 def _facts(image: Image, program: BoundProgram, numerics: NumericsName) -> SimulatorFacts:

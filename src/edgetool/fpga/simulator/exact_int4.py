@@ -27,7 +27,10 @@ _TILE_VALUES = 1 << 18  # sums of digits at a time: 1 MB, which a core's cache h
 
 
 class ExactInt4:
-    """A MatrixKernel of one 4-bit matrix. One byte a weight in memory: int8 [groups, Np, group]."""
+    """A MatrixKernel of one 4-bit matrix. One byte a weight in memory: int8 [groups, Np, group].
+
+    Sums are kept as whole numbers, P * 2^24, and scales as scale * 2^-24: a power of two changes no rounding.
+    """
 
     def __init__(self, matrix: Int4Matrix) -> None:
         self._group = matrix.group
@@ -38,8 +41,7 @@ class ExactInt4:
         grouped = matrix.codes[:, :width].reshape(-1, self._groups, matrix.group).transpose(1, 0, 2)
         self._codes = torch.from_numpy(np.ascontiguousarray(grouped))
         self._factors = [group.T for group in self._codes]
-        self._scales = _by_group(matrix.scales, self._groups)
-        self._whole_scales = self._scales * np.float32(2.0**-_FRACTION_BITS)
+        self._scales = _by_group(matrix.scales, self._groups) * np.float32(2.0**-_FRACTION_BITS)
         self._offsets = None if matrix.offsets is None else _by_group(matrix.offsets, self._groups)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -59,10 +61,8 @@ class ExactInt4:
         together = max(1, _TILE_VALUES // ((_DIGITS if digits is None else digits.shape[1]) * acc.size))
         for first in range(0, self._groups, together):
             last = min(first + together, self._groups)
-            if digits is None:
-                products = self._wide(x, first, last) * self._scales[first:last, None]
-            else:
-                products = self._narrow(digits[first:last], first) * self._whole_scales[first:last, None]
+            whole = self._wide(x, first, last) if digits is None else self._narrow(digits[first:last], first)
+            products = whole * self._scales[first:last, None]
             for number, product in enumerate(products, first):
                 acc += product
                 if sums is not None and self._offsets is not None:
@@ -100,9 +100,11 @@ class ExactInt4:
         return whole
 
     def _wide(self, x: Array, first: int, last: int) -> Array:
-        """P in fp64: exact too, slower, and infinities and NaN go the way of IEEE 754."""
+        """P * 2^24 in fp64: exact too, slower, and infinities and NaN go the way of IEEE 754."""
         some = torch.from_numpy(x).double().view(len(x), -1, self._group)[:, first:last].transpose(0, 1)
-        exact: Array = torch.bmm(some, self._codes[first:last].double().transpose(1, 2)).float().numpy()
+        exact: Array = (
+            torch.bmm(some, self._codes[first:last].double().transpose(1, 2)).mul_(2.0**_FRACTION_BITS).float().numpy()
+        )
         return exact
 
 

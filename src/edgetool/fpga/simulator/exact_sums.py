@@ -20,8 +20,9 @@ def fold(block: Any) -> Any:
     """
     half = LANES // 2
     while half:
-        if len(block) > half:
-            low = block[: len(block) - half]
+        lanes = block.shape[0]
+        if lanes > half:
+            low = block[: lanes - half]
             low += block[half:]
             block = block[:half]
         half //= 2

@@ -118,6 +118,23 @@ def test_an_order_one_place_off_is_seen(compiled: Compiled, tmp_path: Path) -> N
     assert key is not None and key[1] == 1 and before.kinds[key] == "PERM"
 
 
+def test_an_order_that_names_no_channel_is_refused(compiled: Compiled, tmp_path: Path) -> None:
+    image = Path(shutil.copytree(compiled("llama", shape=SMALL, desc_act=("o",))[1], tmp_path / "image"))
+    record = Image.open(image).constants["layers.1.o.order"]
+    data = np.fromfile(image / "ddr.bin", dtype="<u4")
+    data[(record["addr"] - 0x2_0000_0000) // 4] = 96
+    data.tofile(image / "ddr.bin")
+    with pytest.raises(BadInput, match=r"layers\.1\.o\.order' names channel 96 of 96"):
+        Simulator(Image.open(image))
+
+
+@pytest.mark.parametrize("memory", [None, {}, {"read_bytes_by_role": {"q": "much"}}, {"read_bytes_by_role": []}])
+def test_a_manifest_without_a_plan_is_refused(copy: Path, memory: Any) -> None:
+    with_manifest(copy, lambda manifest: manifest.update(memory=memory))
+    with pytest.raises(BadInput, match="read_bytes_by_role"):
+        Simulator(Image.open(copy))
+
+
 def test_a_multiplier_that_is_not_one_is_refused(copy: Path) -> None:
     with_constant(copy, "layers.0.q.bias", lambda words: words ^ (1 << 20))
     with pytest.raises(BadInput, match=r"layers\.0\.q\.bias has multipliers"):

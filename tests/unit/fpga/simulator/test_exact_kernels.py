@@ -13,7 +13,7 @@ from edgetool.fpga.simulator.exact_half import ExactHalf
 from edgetool.fpga.simulator.exact_int4 import ExactInt4, exact_products, split
 from edgetool.fpga.simulator.exact_sums import tree_sum
 from edgetool.fpga.simulator.interfaces import HalfMatrix, Int4Matrix
-from tests.fakes.scalar_et1 import F32, exact_sum, tree
+from tests.fakes.scalar_et1 import F32, exact_sum, prepared, tree
 
 HARD = {
     "largest": lambda rng, shape: np.full(shape, 65504, dtype=np.float16),
@@ -42,10 +42,11 @@ def naive(matrix: Int4Matrix, x: np.ndarray) -> np.ndarray:
     out = np.zeros((len(x), matrix.n), dtype=np.float32)
     with np.errstate(all="ignore"):
         for token, row in enumerate(x):
+            starts = range(0, matrix.k, matrix.group)
+            groups = [prepared(list(row[start : start + matrix.group])) for start in starts]
             for n in range(matrix.n):
                 acc = F32(0)
-                for g, start in enumerate(range(0, matrix.k, matrix.group)):
-                    xs = list(row[start : min(start + matrix.group, matrix.k)])
+                for g, (start, xs) in enumerate(zip(starts, groups, strict=True)):
                     qs = matrix.codes[n, start : start + len(xs)].tolist()
                     acc = acc + F32(matrix.scales[n, g]) * exact_sum(xs, qs)
                     if matrix.offsets is not None:
