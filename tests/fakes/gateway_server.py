@@ -61,12 +61,16 @@ async def read_events(response: httpx.Response) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def serving(
-    host: FakeHost | int, recorder: Recorder | None = None, key: str | None = None, **settings: Any
+    host: FakeHost | int,
+    recorder: Recorder | None = None,
+    key: str | None = None,
+    settle_s: float = 2.0,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     """A gateway of `host` (or of a host on that port of this machine), once it has found out what the host is."""
     port = host if isinstance(host, int) else host.port
-    gateway = Gateway(HostClient("127.0.0.1", port), GatewaySettings(**settings), recorder)
-    config = uvicorn.Config(make_app(gateway), port=0, log_level="critical", access_log=False)
+    gateway = Gateway(HostClient("127.0.0.1", port, settle_s=settle_s), GatewaySettings(**settings), recorder)
+    config = uvicorn.Config(make_app(gateway), port=0, log_level="critical", access_log=False, timeout_keep_alive=75)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     task = asyncio.create_task(server._serve())

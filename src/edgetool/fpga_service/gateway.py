@@ -21,7 +21,7 @@ from edgetool.fpga_service.limits import Queue, RateLimit
 from edgetool.fpga_service.metrics import CONTENT_TYPE, Metrics
 from edgetool.fpga_service.observing import Observe
 from edgetool.fpga_service.recording import Recorder
-from edgetool.serving.auth import App, RequireKey
+from edgetool.serving.auth import OPEN_PATHS, App, RequireKey
 
 PLAIN_NAME = "fpga"
 """Name of the model of a host that does not say one, where none is set."""
@@ -212,10 +212,12 @@ def _describe(app: FastAPI, *, with_keys: bool) -> None:
 
     def openapi() -> dict[str, Any]:
         document = made()
-        for methods in document["paths"].values():
+        for path, methods in document["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
-                if with_keys:
+                if with_keys and path in OPEN_PATHS:
+                    operation["security"] = []
+                elif with_keys:
                     operation["responses"]["401"] = _error("The key is missing or wrong.")
         schemas = document.get("components", {}).get("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):

@@ -11,9 +11,9 @@ PREDICT_TOKENS = 256
 class Prediction(BaseModel):
     """The body of POST /predict."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     prompt: str | list[str]
     max_tokens: int = Field(PREDICT_TOKENS, ge=1)
     temperature: float = Field(0.0, ge=0)  # the same answer each time, unless asked otherwise
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None

@@ -114,7 +114,6 @@ def test_no_answer_reaches_another_request(fault: str, extended: bool) -> None:
     async def test() -> None:
         host = FakeHost(extended, fault, delay_s=0.5 if fault == "late" else 0.0, faulty=3)
         async with host, serving(host, timeout_s=0.2 if fault == "late" else LIMIT_S) as served:
-            served.gateway.host._settle_s = 2.0  # type: ignore[attr-defined]
             for number in range(12):
                 response = await served.chat(f"question {number}")
                 if response.status_code == 200:
