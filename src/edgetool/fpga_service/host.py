@@ -68,7 +68,7 @@ class Host:
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        await asyncio.to_thread(self._worker.join)
+        await self._worker.stopped()
 
     def _guarded(
         self, speak: Callable[[_Connection], Awaitable[None]]

@@ -99,10 +99,10 @@ def run(
         loop = asyncio.get_running_loop()
 
         def ask(*_: object) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait for the device
             with contextlib.suppress(RuntimeError):  # the loop has ended already
                 loop.call_soon_threadsafe(stop.set)
 
-        # not the loop's own add_signal_handler: it leaves a moment at the end in which a second signal kills
         signal.signal(signal.SIGTERM, ask)
         async with Host(worker, listening, timeout_s, log):
             ready()
@@ -112,6 +112,7 @@ def run(
     try:
         asyncio.run(serving())
     finally:
+        worker.stop()  # also when it could not even begin to listen
         signal.signal(signal.SIGTERM, before)
 
 

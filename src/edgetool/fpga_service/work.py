@@ -19,6 +19,8 @@ Task = Callable[[Device, Callable[[], bool]], Generator[Any, None, None]]
 """What the device has to do: called in the device's thread with the device and a question whether to stop; yields what
 is to be delivered."""
 
+_LOOK_S = 0.01
+
 
 class QueueFull(Exception):
     """As many jobs wait as may wait."""
@@ -151,8 +153,8 @@ class Worker:
         self._log = log
         self._turns = Turns(max_queue)
         self._jobs: set[Job] = set()
-        # a daemon: a device that does not return must not keep the process alive
-        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        # no daemon: a process that ends while torch computes in a thread is aborted by the C++ runtime
+        self._thread = threading.Thread(target=self._run, name="device")
         self._thread.start()
 
     def submit(self, owner: Hashable, task: Task, deliver: Callable[[Any], None], timeout_s: float) -> Job:
@@ -175,9 +177,10 @@ class Worker:
             job.end("shutting_down")
         self._turns.close()
 
-    def join(self, limit_s: float = 5.0) -> None:
-        """Wait until the device is closed, but no longer than that."""
-        self._thread.join(limit_s)
+    async def stopped(self) -> None:
+        """Wait, after `stop`, until the device has let go and is closed: at most a token or a chunk of a prompt."""
+        while self._thread.is_alive():
+            await asyncio.sleep(_LOOK_S)
 
     def _run(self) -> None:
         while (job := self._turns.take()) is not None:

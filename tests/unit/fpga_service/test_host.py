@@ -473,3 +473,25 @@ class TestEnd:
             assert codes == {1: "shutting_down", 2: "shutting_down"}
             assert raw.closed() and plain.closed()
         assert device.closed
+
+    def test_it_waits_for_a_device_that_cannot_stop_at_once(self) -> None:
+        released = threading.Event()
+
+        class Busy(FakeDevice):
+            def generate(self, *arguments: Any) -> Iterator[Any]:
+                self.steps = 1
+                assert released.wait(LIMIT_S)
+                yield from super().generate(*arguments)
+
+        device = Busy()
+        with RunningHost(device) as host, Raw(host.port_a) as raw:
+            raw.hello()
+            raw.say(**complete(1, "x"))
+            until(lambda: device.steps == 1)
+            ending = threading.Thread(target=host.stop)
+            ending.start()
+            assert raw.until_end(1)[-1]["code"] == "shutting_down"
+            assert not device.closed and ending.is_alive()
+            released.set()
+            ending.join(LIMIT_S)
+            assert device.closed and not ending.is_alive()
