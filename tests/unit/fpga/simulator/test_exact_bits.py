@@ -96,3 +96,19 @@ def test_numbers_beyond_fp16_become_what_ieee_says_and_are_flagged(compiled: Com
     assert compare(recording, ScalarEt1(damaged), IDS) > 100
     assert session.overflows["layers.0.RMSNORM normed"] > 0
     assert session.overflows["layers.1.MVM v"] > 0
+
+
+def test_a_token_that_is_infinite_does_not_reach_those_before_it_in_its_chunk(
+    compiled: Compiled, tmp_path: Path
+) -> None:
+    _, image = compiled("llama", shape=SMALL)
+    damaged = Path(shutil.copytree(image, tmp_path / "image"))
+    embedding = np.fromfile(damaged / "host" / "embed.f16.bin", dtype="<f2").reshape(SMALL.vocab, SMALL.hidden)
+    embedding[IDS[2], 7] = np.inf
+    embedding.tofile(damaged / "host" / "embed.f16.bin")
+    recording = Recording()
+    session = Simulator(Image.open(damaged), trace=recording).session()
+    session.feed(IDS)
+    compare(recording, ScalarEt1(damaged), IDS)
+    (last,) = recording.calls["layer", 1, 16]
+    assert [bool(np.isfinite(row).all()) for row in last] == [True, True, False, False]
