@@ -50,6 +50,17 @@ class DeviceKvCache:
         traffic.read(KV, self._bytes_per_token * tokens)
         return self._data[layer, int(values), :, :, :tokens].float()
 
+    def write_both(self, layer: int, position: int, rows: Tensor) -> None:
+        """rows: [tokens, 2 x channels], keys and then values."""
+        tokens = rows.shape[0]
+        heads = rows.reshape(tokens, 2, self.geometry.kv_heads, self.geometry.head_dim)
+        self._data[layer, :, :, :, position : position + tokens] = heads.permute(1, 2, 3, 0)
+
+    def read_both(self, layer: int, tokens: int, traffic: Traffic) -> Tensor:
+        """float32 [2, kv_heads, head_dim, tokens]."""
+        traffic.read(KV, 2 * self._bytes_per_token * tokens)
+        return self._data[layer, :, :, :, :tokens].float()
+
     def snapshot(self, tokens: int) -> DeviceSnapshot:
         return DeviceSnapshot(self._data[..., :tokens].clone())
 

@@ -25,7 +25,7 @@ _CUDA_INNER_TILES = 8
 class PackedInt4:
     """One or several 4-bit matrices that read the same input, one above the other.
 
-    x: float32 [tokens, K]. Returns float32 [tokens, sum of Np]; `parts` says which columns are whose.
+    x: float32 [tokens, K]. Returns bfloat16 [tokens, sum of Np]; `parts` says which columns are whose.
     """
 
     def __init__(self, matrices: Sequence[Int4Matrix], device: torch.device, spare_groups: int = 0) -> None:
@@ -81,11 +81,11 @@ class PackedInt4:
         narrow = x.to(torch.bfloat16)
         if self.columns != self.k:
             narrow = torch.nn.functional.pad(narrow, (0, self.columns - self.k))
-        return self.multiply(narrow, self.scales).float()
+        return self.multiply(narrow, self.scales)
 
 
 class Trimmed:
-    """A single matrix's kernel as MatrixKernel: [tokens, N] without the padding."""
+    """A single matrix's kernel: bfloat16 [tokens, N] without the padding."""
 
     def __init__(self, packed: PackedInt4) -> None:
         self._packed = packed
@@ -98,8 +98,8 @@ class RefinedInt4:
     """A 4-bit matrix whose results need more than bfloat16's 8 bits: the logits, which are compared with each other.
 
     A second pass computes what the first one's rounding lost. Its weights have one group more, of zeros, whose offsets
-    are the first result with its sign turned and whose input is 1: so the kernel itself subtracts before it rounds. The
-    rest of x, beyond bfloat16, goes along as a second row, at almost no cost since weights are read once.
+    are the first result and whose input is -1: so the kernel itself subtracts before it rounds. The rest of x, beyond
+    bfloat16, goes along as a second row, at almost no cost since weights are read once.
     """
 
     def __init__(self, matrix: Int4Matrix, device: torch.device) -> None:
@@ -119,14 +119,16 @@ class RefinedInt4:
         both[0, : packed.k] = high[0]
         both[1, : packed.k] = (x - high.float())[0]
         first = packed.multiply(both[:1], packed.scales)
-        both[0, self._spare * packed.group] = 1
-        self._lessened[self._spare, :, 1] = -first[0]
-        rest = packed.multiply(both, self._lessened).float()
-        return (first.float() + rest[:1] + rest[1:])[:, packed.parts[0]]
+        both[0, self._spare * packed.group] = -1
+        rough = first.float()
+        # a scale of 0 and an offset of y, as two bfloat16 in memory, are the float32 whose upper half y is
+        self._lessened.view(torch.float32)[self._spare, :, 0] = rough[0]
+        rest = packed.multiply(both, self._lessened)
+        return rough.add_(rest[:1]).add_(rest[1:])[:, packed.parts[0]]
 
 
 class Halves:
-    """A matrix of plain fp16. Few rows are multiplied in fp16, with float32 sums; many in float32, block by block."""
+    """A matrix of plain fp16: float32 [tokens, N]. Few rows are multiplied in fp16, many in float32, block by block."""
 
     def __init__(self, matrix: HalfMatrix, device: torch.device) -> None:
         self._weight = torch.from_numpy(np.ascontiguousarray(matrix.values[: matrix.n, : matrix.k])).to(device)
@@ -140,7 +142,7 @@ class Halves:
 
 
 def kernel_of(matrix: Int4Matrix | HalfMatrix, device: torch.device, refined: bool) -> MatrixKernel:
-    """The kernel of one matrix; `refined` where its results must be finer than bfloat16."""
+    """The kernel of one matrix, whose results are bfloat16 or float32; the latter with `refined`."""
     if isinstance(matrix, HalfMatrix):
         return Halves(matrix, device)
     return RefinedInt4(matrix, device) if refined else Trimmed(PackedInt4([matrix], device))

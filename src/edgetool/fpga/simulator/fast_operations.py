@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from edgetool.fpga.simulator.fast_matrices import kernel_of
 from edgetool.fpga.simulator.fast_tables import Function, Rotation, function_of
-from edgetool.fpga.simulator.interfaces import BoundOp, Call, Resources
+from edgetool.fpga.simulator.interfaces import BoundOp, Call, HalfMatrix, Int4Matrix, Resources
 
 Run = Callable[[Call], None]
 
@@ -25,6 +26,9 @@ class FastOperations:
         self._device = device
         self._functions: dict[str, Function] = {}
         self._rotations: dict[tuple[object, ...], Rotation] = {}
+        self._opened: dict[str, Int4Matrix | HalfMatrix] = {}
+        self.weights = 0
+        """Of all matrices taken so far."""
 
     def single(self, op: BoundOp) -> Run:
         """The step of `op` alone."""
@@ -44,11 +48,18 @@ class FastOperations:
         fields, width = op.fields, op.fields["width"]
         gamma, beta = torch.from_numpy(self._resources.constant(fields["gamma"]).astype(np.float32)).to(self._device)
         shift = beta if bool(beta.any()) else None
+        eps, out, on_cpu = float(fields["eps"]), fields["out"], self._device.type == "cpu"
+        nothing = torch.zeros(1)
 
         def run(call: Call) -> None:
             x = call.rows(fields["in"], fields.get("rows"))
-            normed = torch.rms_norm(x.reshape(len(x), -1, width), (width,), gamma, fields["eps"])
-            call.buffers[fields["out"]] = (normed if shift is None else normed + shift).view(x.shape)
+            if len(x) == 1 and x.shape[1] == width and on_cpu and shift is None:
+                flat = x.view(-1)  # one token's one run: the same in half as many steps
+                inverse = (float(torch.dot(flat, flat)) / width + eps) ** -0.5
+                call.buffers[out] = torch.addcmul(nothing, x, gamma, value=inverse)
+                return
+            normed = torch.rms_norm(x.reshape(len(x), -1, width), (width,), gamma, eps)
+            call.buffers[out] = (normed if shift is None else normed + shift).view(x.shape)
 
         return run
 
@@ -62,7 +73,7 @@ class FastOperations:
 
     def _mvm(self, op: BoundOp) -> Run:
         fields = op.fields
-        matrix = self._resources.matrix(fields["weight"])
+        matrix = self._take(fields["weight"])
         kernel = kernel_of(matrix, self._device, refined=op.part == "epilogue")
         bias, role, read = self._bias(op, matrix.n), matrix.role, matrix.read_bytes_per_pc
         del matrix  # its codes are not needed any more
@@ -76,7 +87,7 @@ class FastOperations:
                 y = y + call.rows(fields["residual"], fields.get("rows"))
             if "mul" in fields:
                 y = y * call.rows(fields["mul"], fields.get("rows"))
-            call.buffers[fields["out"]] = y
+            call.buffers[fields["out"]] = y if y.dtype == torch.float32 else y.float()
 
         return run
 
@@ -84,8 +95,8 @@ class FastOperations:
         rotation, fields = self._rotation(op), op.fields
 
         def run(call: Call) -> None:
-            x = call.buffers[fields["in"]].reshape(call.tokens, fields["heads"], fields["head_dim"])
-            call.buffers[fields["out"]] = rotation(x, call.position).view(call.tokens, -1)
+            x = call.buffers[fields["in"]].reshape(call.tokens, fields["heads"], fields["head_dim"]).clone()
+            call.buffers[fields["out"]] = rotation.turn(x, call.position).view(call.tokens, -1)
 
         return run
 
@@ -142,8 +153,9 @@ class FastOperations:
 
     def _logits(self, op: BoundOp) -> Run:
         def run(call: Call) -> None:
-            wrong = int(call.buffers[op.fields["in"]].isfinite().logical_not_().sum())
-            if wrong:
+            logits = call.buffers[op.fields["in"]]
+            if not math.isfinite(float(logits.sum())):
+                wrong = int(logits.isfinite().logical_not_().sum())
                 call.overflows[op.label] = call.overflows.get(op.label, 0) + wrong
 
         return run
@@ -153,6 +165,19 @@ class FastOperations:
             call.buffers[op.fields["out"]] = call.buffers[op.fields["in"]].argmax(1, keepdim=True)
 
         return run
+
+    def _look(self, name: str) -> Int4Matrix | HalfMatrix:
+        """A matrix that may be taken later; it is read once."""
+        if name not in self._opened:
+            self._opened[name] = self._resources.matrix(name)
+        return self._opened[name]
+
+    def _take(self, name: str) -> Int4Matrix | HalfMatrix:
+        """A matrix that a step now has in a form of its own."""
+        matrix = self._look(name)
+        self.weights += matrix.n * matrix.k
+        del self._opened[name]
+        return matrix
 
     def _bias(self, op: BoundOp, n: int) -> Tensor | None:
         bias = torch.from_numpy(self._resources.bias(op.fields["bias"]).astype(np.float32)[:n]).to(self._device)

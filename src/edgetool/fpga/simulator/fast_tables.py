@@ -60,7 +60,8 @@ class Rotation:
         self._cosines, self._sines = (torch.from_numpy(table).to(device)[:, None] for table in (cosines, sines))
         self._partner = torch.from_numpy(whole).to(device)
 
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        """float32 [tokens, heads, head_dim] turned, the first token at `position`."""
+    def turn(self, x: Tensor, position: int) -> Tensor:
+        """x, float32 [tokens, heads, head_dim], is turned in place, the first token at `position`."""
         here = slice(position, position + len(x))
-        return x * self._cosines[here] + x.index_select(2, self._partner) * self._sines[here]
+        partners = x.index_select(2, self._partner)
+        return x.mul_(self._cosines[here]).addcmul_(partners, self._sines[here])

@@ -71,7 +71,22 @@ class KvCache:
         traffic.read(KV, self._bytes_per_token * tokens)
         view = self._tensor[:, layer, int(values), :, :tokens]
         g = self.geometry
-        return view.permute(1, 0, 2).to(torch.float32).reshape(g.kv_heads, g.head_dim, tokens)
+        whole = view.permute(1, 0, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return whole.view(g.kv_heads, g.head_dim, tokens)
+
+    def write_both(self, layer: int, position: int, rows: Tensor) -> None:
+        """rows: [tokens, 2 x channels], keys and then values of the tokens from `position` on; rounded to float16."""
+        tokens = rows.shape[0]
+        dealt = rows.reshape(tokens, 2, -1, PORTS).permute(3, 1, 2, 0)
+        self._tensor[:, layer, :, :, position : position + tokens] = dealt
+
+    def read_both(self, layer: int, tokens: int, traffic: Traffic) -> Tensor:
+        """float32 [2, kv_heads, head_dim, tokens]: `read` of keys and of values."""
+        traffic.read(KV, 2 * self._bytes_per_token * tokens)
+        view = self._tensor[:, layer, :, :, :tokens].permute(1, 2, 0, 3)
+        g = self.geometry
+        whole = view.to(torch.float32, memory_format=torch.contiguous_format)
+        return whole.view(2, g.kv_heads, g.head_dim, tokens)
 
     def port(self, pc: int) -> Array:
         """The bytes of one PC from kv.base on: uint8, not a copy."""

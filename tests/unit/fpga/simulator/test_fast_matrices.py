@@ -42,13 +42,15 @@ def inputs(tokens: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 40])
 @pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize(("n", "k", "group"), [(64, 128, 32), (70, 192, 64), (33, 200, 128), (128, 2304, 128), (4200, 128, 64)])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(64, 128, 32), (70, 192, 64), (33, 200, 128), (128, 2304, 128), (4200, 128, 64)]
+)
 def test_packed_products_are_right_to_bfloat16(n: int, k: int, group: int, zeros: bool, tokens: int) -> None:
     matrix, x = int4(n, k, group, zeros), inputs(tokens, k)
     wanted = x.double().numpy() @ dense(matrix).T
     # inputs, scales and results are rounded: each by half a step, and the first two in every one of k products
     size = x.abs().double().numpy() @ np.abs(dense(matrix)).T
-    got = kernel_of(matrix, CPU, refined=False)(x).numpy()
+    got = kernel_of(matrix, CPU, refined=False)(x).float().numpy()
     assert got.shape == (tokens, n)
     assert np.all(np.abs(got - wanted) <= BFLOAT16 * (3 * size / np.sqrt(k) * 3 + np.abs(wanted)) + 1e-6)
 
@@ -73,7 +75,7 @@ def test_a_refined_product_has_more_bits_than_bfloat16(k: int, group: int, zeros
         offsets = torch.from_numpy(matrix.offsets.astype(np.float32)).bfloat16().float().numpy()
     exact = Int4Matrix("m", "q", 96, k, group, matrix.codes, kept[0], offsets, matrix.read_bytes_per_pc)
     wanted = x.double().numpy() @ dense(exact).T
-    coarse = kernel_of(matrix, CPU, refined=False)(x).numpy()
+    coarse = kernel_of(matrix, CPU, refined=False)(x).float().numpy()
     fine = RefinedInt4(matrix, CPU)(x).numpy()
     assert fine.shape == (3, 96)
     assert np.abs(fine - wanted).max() < np.abs(coarse - wanted).max() / 50
