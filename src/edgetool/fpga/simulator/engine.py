@@ -95,7 +95,8 @@ class Simulator:
         before = torch.get_num_threads()
         torch.set_num_threads(self._numerics.threads(call.tokens, self._threads))
         try:
-            with np.errstate(all="ignore"):  # what becomes infinite is counted by the operations
+            # what becomes infinite is counted by the operations; nothing here needs a gradient
+            with np.errstate(all="ignore"), torch.inference_mode():
                 return self._run(call, cancelled)
         finally:
             torch.set_num_threads(before)

@@ -59,9 +59,20 @@ class Rotation:
         whole = np.concatenate([partner, np.arange(rotary_dim, head_dim)])
         self._cosines, self._sines = (torch.from_numpy(table).to(device)[:, None] for table in (cosines, sines))
         self._partner = torch.from_numpy(whole).to(device)
+        self._flat: dict[int, Tensor] = {}
 
     def turn(self, x: Tensor, position: int) -> Tensor:
         """x, float32 [tokens, heads, head_dim], is turned in place, the first token at `position`."""
         here = slice(position, position + len(x))
-        partners = x.index_select(2, self._partner)
+        if len(x) == 1:  # a list is looked up faster than the last of three dimensions
+            partners = x.reshape(-1).index_select(0, self._partners_of(x.shape[1])).view(x.shape)
+        else:
+            partners = x.index_select(2, self._partner)
         return x.mul_(self._cosines[here]).addcmul_(partners, self._sines[here])
+
+    def _partners_of(self, heads: int) -> Tensor:
+        """Of one token's heads in a row."""
+        if heads not in self._flat:
+            starts = torch.arange(heads, device=self._partner.device)[:, None] * len(self._partner)
+            self._flat[heads] = (starts + self._partner).flatten()
+        return self._flat[heads]
