@@ -40,6 +40,8 @@ def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress)
     asked = [name for name in ("diff", "extract", "verify", "verify_run", "push") if getattr(config, name) is not None]
     if len(asked) > 1:
         raise UsageError(f"{_option(asked[0])} and {_option(asked[1])} are two commands", "give one of them")
+    if config.trace is not None and config.verify_run is None:
+        raise UsageError("--trace needs --verify-run", "edgetool compile-vcu128 IMAGE --verify-run CKPT --trace FILE")
     if not asked and config.inspect is None:
         return compile_checkpoint(config, common, progress)
     from edgetool.fpga import checks, push, verify

@@ -131,7 +131,8 @@ class Reference:
         runs = x.reshape(len(x), -1, op["width"])
         gamma, beta = self.weights.constant(op["gamma"])
         normed = runs / torch.sqrt(runs.square().mean(2, keepdim=True) + op["eps"])
-        return (normed * gamma + beta).reshape(x.shape)
+        result: Tensor = (normed * gamma + beta).reshape(x.shape)
+        return result
 
     def _perm(self, op: Mapping[str, Any]) -> Tensor:
         order = torch.from_numpy(self.weights.image.constant(op["index"]).astype(np.int64))
@@ -164,7 +165,7 @@ class Reference:
     def _qk(self, op: Mapping[str, Any]) -> Tensor:
         queries = self.buffers[op["in"]].reshape(len(self.ids), op["heads"], op["head_dim"]).transpose(0, 1)
         keys = self._cache["k"].repeat_interleave(op["heads"] // op["kv_heads"], 0)
-        scores = queries @ keys.transpose(1, 2) * op["scale"]
+        scores: Tensor = queries @ keys.transpose(1, 2) * op["scale"]
         behind = torch.ones(len(self.ids), len(self.ids), dtype=torch.bool).triu(1)
         return scores.masked_fill(behind, -torch.inf)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from edgetool.errors import BadInput, Stopped
 from edgetool.fpga.image import Image
 from edgetool.fpga.image_format import MANIFEST_NAME
 from edgetool.fpga.simulator.engine import Simulator
-from edgetool.fpga.simulator.interfaces import NumericsName
+from edgetool.fpga.simulator.interfaces import NumericsName, Wanted
 from edgetool.fpga.simulator.session import Session
 from edgetool.fpga_service.device import (
     ContextLengthExceeded,
@@ -84,9 +85,10 @@ class SimulatorDevice:
         with self._simulator.session(prompt) as session:
             new = prompt[session.position :]
             for count in range(1, last + 1):
-                logits = _feed(session, new, cancelled)
-                if logits is None or cancelled():
+                rows = _feed(session, new, "last", cancelled)
+                if rows is None or cancelled():
                     return
+                logits = rows[0]
                 chosen = draw(logits)
                 said, finish = self._say(text, chosen, options, count == last)
                 yield self._step(chosen, said, logits, options.logprobs, finish)
@@ -125,9 +127,8 @@ class SimulatorDevice:
         with self._simulator.session() as session:
             for start in range(0, len(ids) - 1, block):
                 fed = ids[start : min(start + block, len(ids) - 1)]
-                try:
-                    rows = torch.from_numpy(session.feed(fed, "all", cancelled)).float()
-                except Stopped:
+                rows = _feed(session, fed, "all", cancelled)
+                if rows is None:
                     return found
                 for row, at in zip(rows, range(start + 1, start + 1 + len(fed)), strict=True):
                     chances = row.log_softmax(0)
@@ -176,12 +177,24 @@ def _whole(text: str) -> str:
     return text.rstrip(HALF_A_CHARACTER)
 
 
-def _feed(session: Session, ids: list[int], cancelled: Cancelled) -> Tensor | None:
-    """float32 [vocab] after the last of `ids`; None when cancelled. Infinite logits become the largest finite ones."""
+def _feed(session: Session, ids: list[int], wanted: Wanted, cancelled: Cancelled | None) -> Tensor | None:
+    """float32 [rows, vocab] as `wanted`; None when cancelled. Infinite logits become the largest finite ones.
+
+    Raises BadInput where there is nothing to choose from, since numbers overflowed on the way.
+    """
     try:
-        return torch.nan_to_num(torch.from_numpy(session.feed(ids, "last", cancelled))[0].float())
+        logits = torch.from_numpy(session.feed(ids, wanted, cancelled)).float()
     except Stopped:
         return None
+    if math.isfinite(float(logits.sum())):
+        return logits
+    if bool(logits.isnan().any()):
+        first = next(iter(session.overflows), "an operation")
+        raise BadInput(
+            f"numbers became infinite in {first} of the image, and the next token cannot be told",
+            "the model's activations do not fit into fp16: --numerics fast has more room",
+        )
+    return torch.nan_to_num(logits)
 
 
 def _facts(simulator: Simulator, tokens: Tokens, board: str, model: str) -> tuple[frozenset[int], DeviceFacts]:

@@ -19,6 +19,7 @@ from edgetool.fpga_service.device import ContextLengthExceeded, Device, Generate
 from edgetool.fpga_service.simulator_device import SimulatorDevice, open_device
 from edgetool.fpga_service.tokens import Tokens, rounds
 from tests.fakes.tiny_image import make_tiny_image
+from tests.unit.fpga.test_checks import rewrite
 
 CONTEXT = 96
 QUESTION = [{"role": "user", "content": "The quick brown fox?"}]
@@ -284,3 +285,22 @@ def test_fast_numerics_answer_too(image: Path, prompt: list[int]) -> None:
     assert device.facts.numerics == "fast"
     steps = steps_of(device, prompt, GenerateOptions(8, temperature=0, ignore_eos=True, logprobs=1))
     assert len(steps) == 8 and all(step.top[0][0] == step.id for step in steps)
+
+
+def test_an_image_whose_numbers_overflow_says_so_instead_of_guessing(
+    image: Path, prompt: list[int], tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(image, tmp_path / "image"))
+    record = Image.open(broken).tensors["layers.0.down"]
+
+    def blow_up(raw: np.ndarray) -> None:
+        rows = raw[record["addr"] : record["addr"] + record["bytes_per_pc"]].reshape(record["Np"] // 32, -1)
+        rows[:, :32] = np.frombuffer(np.full(16, 60000, dtype="<f2").tobytes(), dtype=np.uint8)
+
+    for pc in range(32):
+        rewrite(broken, f"hbm/pc{pc:02}.bin", blow_up)
+    device = open_device(broken)
+    with pytest.raises(BadInput, match="became infinite in layers"):
+        steps_of(device, prompt, GREEDY)
+    with pytest.raises(BadInput, match="became infinite in layers"):
+        device.score(prompt, 2)

@@ -56,7 +56,7 @@ class Fusions(FastOperations):
 
         def run(call: Call) -> None:
             product = stack(call, source)
-            rotation.turn(product[:, :turning].unflatten(1, (-1, head_dim)), call.position)
+            rotation.turn(product[:, :turning].view(call.tokens, -1, head_dim), call.position)
             call.cache.write_both(layer, call.position, product[:, queries : stack.parts[2].stop])
             call.buffers[out] = attend(call, product[:, :queries])
 
@@ -128,7 +128,7 @@ class Fusions(FastOperations):
         def attend(call: Call, queries: Tensor) -> Tensor:
             keys, values = call.cache.read_both(layer, call.position + call.tokens, call.traffic)
             if call.tokens > 1:
-                return _attend(queries.unflatten(1, (heads, head_dim)), keys, values, scale, call.position)
+                return _attend(queries.view(call.tokens, heads, head_dim), keys, values, scale, call.position)
             grouped = queries.reshape(kv_heads, heads // kv_heads, head_dim)
             scores = torch.baddbmm(nothing, grouped, keys, beta=0, alpha=scale)
             return torch.bmm(scores.softmax(2), values.transpose(1, 2)).view(1, -1)

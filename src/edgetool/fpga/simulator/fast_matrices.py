@@ -110,7 +110,7 @@ class RefinedInt4:
 
     def __call__(self, x: Tensor) -> Tensor:
         with self._lock:
-            return torch.cat([self._row(row) for row in x.split(1)])
+            return torch.cat([self._row(row) for row in torch.split(x, 1)])
 
     def _row(self, x: Tensor) -> Tensor:
         packed = self._packed
@@ -138,7 +138,7 @@ class Halves:
             half = x.to(torch.float16)
             return torch.cat([half[row : row + 1] @ self._weight.t() for row in range(len(x))]).float()
         rows = max(1, _BLOCK_ELEMENTS // self._weight.shape[1])
-        return torch.cat([x @ block.float().t() for block in self._weight.split(rows)], 1)
+        return torch.cat([x @ block.float().t() for block in torch.split(self._weight, rows)], 1)
 
 
 def kernel_of(matrix: Int4Matrix | HalfMatrix, device: torch.device, refined: bool) -> MatrixKernel:

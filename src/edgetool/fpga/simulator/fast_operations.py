@@ -116,7 +116,8 @@ class FastOperations:
             upto = call.position + call.tokens
             keys = call.cache.read(op.layer, False, upto, call.traffic)
             queries = call.buffers[fields["in"]].view(call.tokens, heads, head_dim).transpose(0, 1)
-            scores = torch.matmul(queries.unflatten(0, (kv_heads, -1)), keys[:, None]).flatten(0, 1) * fields["scale"]
+            grouped = queries.reshape(kv_heads, -1, call.tokens, head_dim)
+            scores = torch.matmul(grouped, keys[:, None]).flatten(0, 1) * fields["scale"]
             scores.masked_fill_(~visible(call.tokens, call.position, scores.device), -torch.inf)
             call.buffers[fields["out"]] = scores
 
@@ -137,7 +138,8 @@ class FastOperations:
 
         def run(call: Call) -> None:
             values = call.cache.read(op.layer, True, call.position + call.tokens, call.traffic)
-            weights = call.buffers[fields["in"]].unflatten(0, (fields["kv_heads"], -1))
+            weights = call.buffers[fields["in"]]
+            weights = weights.reshape(fields["kv_heads"], -1, *weights.shape[1:])
             mixed = torch.matmul(weights, values.transpose(1, 2)[:, None]).flatten(0, 1)
             call.buffers[fields["out"]] = mixed.transpose(0, 1).reshape(call.tokens, -1)
 
@@ -190,10 +192,12 @@ class FastOperations:
         return self._functions[table]
 
     def _rotation(self, op: BoundOp) -> Rotation:
-        named = [op.fields[name] for name in ("cos", "sin", "head_dim", "rotary_dim", "style")]
-        if tuple(named) not in self._rotations:
-            self._rotations[tuple(named)] = Rotation(self._resources, *named, self._device)
-        return self._rotations[tuple(named)]
+        cos, sin, style = (op.fields[name] for name in ("cos", "sin", "style"))
+        key = (cos, sin, style, op.fields["head_dim"], op.fields["rotary_dim"])
+        if key not in self._rotations:
+            cosines, sines = (self._resources.constant(name).astype(np.float32) for name in (cos, sin))
+            self._rotations[key] = Rotation(cosines, sines, op.fields["head_dim"], style, self._device)
+        return self._rotations[key]
 
 
 def visible(tokens: int, position: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edgetool.fpga.simulator.interfaces import Array, Resources
+from edgetool.fpga.simulator.interfaces import Array
 
 Function = Callable[[Tensor], Tensor]
 
@@ -41,21 +41,22 @@ def _ulps(found: Array, wanted: Array) -> int:
 
 
 class Rotation:
-    """Rotary positions as two tables over a whole head: x * cosines + x[partner] * sines."""
+    """Rotary positions as two tables over a whole head: x * cosines + x[partner] * sines.
 
-    def __init__(
-        self, resources: Resources, cos: str, sin: str, head_dim: int, rotary_dim: int, style: str, device: torch.device
-    ) -> None:
-        half = rotary_dim // 2
+    cos, sin: float32 [positions, rotary_dim / 2]. style: half or interleaved, as in docs/image-format.md.
+    """
+
+    def __init__(self, cos: Array, sin: Array, head_dim: int, style: str, device: torch.device) -> None:
+        half = cos.shape[1]
+        rotary_dim = 2 * half
         channel = np.arange(rotary_dim)
         if style == "half":
             entry, first, partner = channel % half, channel < half, (channel + half) % rotary_dim
         else:
             entry, first, partner = channel // 2, channel % 2 == 0, channel ^ 1
-        tables = [np.asarray(resources.constant(name), dtype=np.float32)[:, entry] for name in (cos, sin)]
         beyond = ((0, 0), (0, head_dim - rotary_dim))
-        cosines = np.pad(tables[0], beyond, constant_values=1.0)
-        sines = np.pad(np.where(first, -tables[1], tables[1]), beyond)
+        cosines = np.pad(cos[:, entry], beyond, constant_values=1.0)
+        sines = np.pad(np.where(first, -sin[:, entry], sin[:, entry]), beyond)
         whole = np.concatenate([partner, np.arange(rotary_dim, head_dim)])
         self._cosines, self._sines = (torch.from_numpy(table).to(device)[:, None] for table in (cosines, sines))
         self._partner = torch.from_numpy(whole).to(device)
