@@ -51,6 +51,24 @@ def test_the_image_verifies_weight_by_weight(demo_run: DemoRun, image: Path) -> 
     assert document["tensors_equal"] == document["tensors_compared"]
 
 
+@pytest.mark.parametrize(("numerics", "share"), [("et1", 0.01), ("fast", 0.03)])
+def test_the_image_computes_what_float32_computes(
+    demo_run: DemoRun,  # noqa: F811
+    image: Path,
+    numerics: str,
+    share: float,
+) -> None:
+    """Greedy tokens are the reference's wherever its margin allows, and it allows many of them."""
+    result = edgetool(image, "--verify-run", demo_run.output, "--numerics", numerics, "--jobs", 1)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    greedy, logits = found["greedy"], found["logits"]
+    assert found["reference"] == "transformers"
+    assert greedy["equal_of_these"] == greedy["margin_allows"] >= greedy["tokens"] // 3
+    # fp16 has 11 bits and bfloat16 8; thirty layers add up what they round
+    assert 0 < logits["rms_difference"] < share * logits["spread"]
+
+
 def test_the_boards_own_format_cannot_hold_it(demo_run: DemoRun, tmp_path: Path) -> None:  # noqa: F811
     result = edgetool(demo_run.output, "-o", tmp_path / "tree", "--profile", "edgellm", "--lm-head", "rtn4")
     assert result.exit_code == 4
