@@ -94,6 +94,15 @@ def test_a_keys_file_that_others_can_read_is_refused(image: Path, tmp_path: Path
     assert "another one default" in refused(3, *arguments, env={"EDGETOOL_API_KEY": "k"})
 
 
+def test_a_record_or_a_tokenizer_that_cannot_be_used_is_refused_first(image: Path, tmp_path: Path) -> None:
+    env = {"EDGETOOL_LOCK_DIR": str(tmp_path / "locks")}
+    record = ("--record", str(tmp_path / "missing" / "record.jsonl"))
+    assert "cannot write the record" in refused(4, "serve-fpga", "--image", str(image), *record, env=env)
+    tokenizer = ("--host", "127.0.0.1:1", "--tokenizer", str(tmp_path / "none"))
+    assert str(tmp_path / "none") in refused(4, "serve-fpga", *tokenizer, env=env)
+    assert not (tmp_path / "locks").exists()  # nothing was leased
+
+
 def test_an_address_of_others_is_refused(image: Path, tmp_path: Path) -> None:
     env = {"EDGETOOL_LOCK_DIR": str(tmp_path / "locks")}
     said = refused(3, "serve-fpga", "--image", str(image), "--listen", "192.0.2.1", "--port", "0", env=env)

@@ -186,6 +186,18 @@ def test_a_signal_ends_it_and_leaves_nothing(image: Path, tmp_path: Path, number
         assert leases(served) == []
 
 
+def test_a_drained_server_ends_its_answers_first(image: Path, tmp_path: Path) -> None:
+    with served_at(tmp_path, "--image", str(image), "--drain", "60") as served:
+        stream = client_of(served).chat.completions.create(
+            **{**QUESTION, "max_tokens": 60}, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = [next(iter(stream))]
+        served.process.send_signal(signal.SIGTERM)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert served.wait() == 143 and served.left() == []
+
+
 def test_a_gateway_that_is_killed_takes_its_host_along(image: Path, tmp_path: Path) -> None:
     with served_at(tmp_path, "--image", str(image)) as served:
         served.ready()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,19 +26,27 @@ if TYPE_CHECKING:
 
 Logprobs = Callable[[Sequence[Likely]], dict[str, Any]]
 _DONE = b"data: [DONE]\n\n"
+_LAST_WORD_S = 1.0
+"""For the event that says that the time is over."""
 
 
 class Events(StreamingResponse):
-    """Server-sent events, whose source is closed when they end or the client goes away, not some time later."""
+    """Server-sent events, whose source is closed when they end or the client goes away, not some time later.
 
-    def __init__(self, events: AsyncIterator[bytes], source: AsyncIterator[Any]) -> None:
+    A client that does not read keeps its place in the queue no longer than `limit_s`.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], source: AsyncIterator[Any], limit_s: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._source = source
+        self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limit_s):
+                    await super().__call__(scope, receive, send)
         finally:
             await close(self._source)
 
@@ -152,7 +162,8 @@ async def _answer(
         first = await while_there(request, _first(pieces))
     except Gone:
         return Response(status_code=CLIENT_GONE)
-    return Events(_events(exchange, first, pieces, notes, shapes, logprobs, with_usage=body.with_usage), pieces)
+    events = _events(exchange, first, pieces, notes, shapes, logprobs, with_usage=body.with_usage)
+    return Events(events, pieces, gateway.settings.timeout_s + _LAST_WORD_S)
 
 
 async def _exhaust(gateway: Gateway, exchange: Exchange) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgetool.fpga_service.exchange import Counter
     from edgetool.fpga_service.gateway import Gateway
     from edgetool.fpga_service.host_client import HostClient
+    from edgetool.fpga_service.recording import Recorder
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -74,6 +75,7 @@ def serve(config: Config, progress: Progress, announce: Announce) -> None:
     keys, generated = client_keys(config, progress)
     begun_s = time.monotonic()
     with contextlib.ExitStack() as held:
+        recorder, counter = _recorder(settings, held), _counter(settings)
         scheduler = from_config(config)
         lease, listening = lease_and_bind(
             requests(settings, image, scheduler.inventory()),
@@ -87,7 +89,7 @@ def serve(config: Config, progress: Progress, announce: Announce) -> None:
         held.callback(lease.release)
         held.callback(listening.close)
         host = None if image is None else _start_host(settings, lease, held, progress)
-        gateway = _gateway(settings, keys, host, held)
+        gateway = _gateway(settings, keys, host, recorder, counter)
         port = int(listening.getsockname()[1])
 
         def ready() -> None:
@@ -130,16 +132,25 @@ def _start_host(
     return host
 
 
-def _gateway(
-    settings: ServeFpgaConfig, keys: Mapping[str, str], host: EmbeddedHost | None, held: contextlib.ExitStack
-) -> Gateway:
-    from edgetool.fpga_service.gateway import Gateway, GatewaySettings
+def _recorder(settings: ServeFpgaConfig, held: contextlib.ExitStack) -> Recorder | None:
+    if settings.record is None:
+        return None
     from edgetool.fpga_service.recording import Recorder
 
-    recorder = None
-    if settings.record is not None:
-        recorder = Recorder(settings.record, contents=settings.record_contents)
-        held.callback(recorder.close)
+    recorder = Recorder(settings.record, contents=settings.record_contents)
+    held.callback(recorder.close)
+    return recorder
+
+
+def _gateway(
+    settings: ServeFpgaConfig,
+    keys: Mapping[str, str],
+    host: EmbeddedHost | None,
+    recorder: Recorder | None,
+    counter: Counter | None,
+) -> Gateway:
+    from edgetool.fpga_service.gateway import Gateway, GatewaySettings
+
     told = GatewaySettings(
         served_model_name=settings.served_model_name,
         max_model_len=settings.max_model_len,
@@ -150,7 +161,7 @@ def _gateway(
         keys=keys,
         cors_origins=settings.cors_origins,
     )
-    return Gateway(_client(settings, host), told, recorder, _counter(settings))
+    return Gateway(_client(settings, host), told, recorder, counter)
 
 
 def _counter(settings: ServeFpgaConfig) -> Counter | None:

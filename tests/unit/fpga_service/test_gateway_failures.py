@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -155,6 +156,22 @@ def test_a_client_that_leaves_between_two_prompts_leaves_no_place_taken() -> Non
             asked = len(host.asked)
             await served.chat("b")
             assert len(host.asked) == asked + 1  # the other prompts are not asked any more
+
+    run(test)
+
+
+def test_a_client_that_does_not_read_loses_its_place_when_its_time_is_over() -> None:
+    async def test() -> None:
+        async with FakeHost(pieces=2000) as host, serving(host, timeout_s=1.0) as served:
+            port = int(served.url.rsplit(":", 1)[1])
+            body = json.dumps({"messages": user("x" * (4 << 20)), "stream": True}).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            # small buffers of the client, so that the answer does not fit on the way
+            _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            await until(lambda: served.gateway.queue.admitted == 1)
+            await until(lambda: served.gateway.queue.admitted == 0)
+            writer.close()
 
     run(test)
 
