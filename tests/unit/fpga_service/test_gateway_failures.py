@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from typing import Any
 
@@ -164,14 +165,17 @@ def test_a_client_that_does_not_read_loses_its_place_when_its_time_is_over() -> 
     async def test() -> None:
         async with FakeHost(pieces=2000) as host, serving(host, timeout_s=1.0) as served:
             port = int(served.url.rsplit(":", 1)[1])
-            body = json.dumps({"messages": user("x" * (4 << 20)), "stream": True}).encode()
+            body = json.dumps({"messages": user("x" * (7 << 20)), "stream": True}).encode()
             head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             # small buffers of the client, so that the answer does not fit on the way
-            _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            deaf = socket.socket()
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", port))
+            _, writer = await asyncio.open_connection(sock=deaf, limit=1024)
             writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             await until(lambda: served.gateway.queue.admitted == 1)
             await until(lambda: served.gateway.queue.admitted == 0)
-            writer.close()
+            writer.transport.abort()
 
     run(test)
 
