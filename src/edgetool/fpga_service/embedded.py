@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +23,42 @@ from edgetool.scheduler import Lease
 from edgetool.serving.starting import own_environment, start_child
 
 _BACKLOG = 128
+_PREFIX = "edgetool-board-"
+_YOUNG_S = 60.0
+"""A directory younger than this may be one that is just being made."""
 _LOOK_S = 0.1
 _ERROR = "error: "
 _OWN_WORDS = {kind.exit_code: kind for kind in (BadInput, MissingDependency, ResourceUnavailable, VerificationFailed)}
 """Exit codes of the host whose last error is one sentence for the user."""
 _COMMAND = [sys.executable, "-m", "edgetool.fpga_service.host_main"]
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory for sockets that nobody else can enter; those that killed gateways of this user left are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or gone by now
+            _remove_if_left(left)
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_if_left(path: Path) -> None:
+    """Remove a directory whose gateway does not hold its lock any more. Raises OSError where that cannot be done."""
+    if path.stat().st_uid != os.geteuid() or time.time() - path.stat().st_mtime < _YOUNG_S:
+        return
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def listen_at(path: Path) -> socket.socket:

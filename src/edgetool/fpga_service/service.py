@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgetool.config import Config, ServeFpgaConfig
 from edgetool.config_board import split_at_port
 from edgetool.errors import BackendFailed, ResourceUnavailable
-from edgetool.fpga_service.embedded import EmbeddedHost, listen_at
+from edgetool.fpga_service.embedded import EmbeddedHost, listen_at, private_directory
 from edgetool.fpga_service.jobs import HostJob
 from edgetool.fpga_service.preparing import board_of, checked_image, client_keys, context_tokens, need_extra, requests
 from edgetool.progress import Progress
@@ -106,8 +104,7 @@ def _command(settings: ServeFpgaConfig) -> str:
 def _start_host(
     settings: ServeFpgaConfig, lease: Lease, held: contextlib.ExitStack, progress: Progress
 ) -> EmbeddedHost:
-    scratch = Path(tempfile.mkdtemp(prefix="edgetool-board-"))
-    held.callback(shutil.rmtree, scratch, ignore_errors=True)
+    scratch = held.enter_context(private_directory())
     log = settings.state_dir / "logs" / f"port-{lease.ports[0]}.log"
     try:
         listening = listen_at(scratch / "host.sock")
