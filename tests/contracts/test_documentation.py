@@ -19,9 +19,12 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-BUILT = ["quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "eval"]
+BUILT = [
+    "quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "serve-fpga",
+    "fpga-host", "chat", "eval",
+]  # fmt: skip
 
-FETCH_NOTHING = {"bench", "envs", "gpus"}
+FETCH_NOTHING = {"bench", "envs", "gpus", "serve-fpga", "fpga-host", "chat"}
 """Commands that take no model: an option that does nothing would only mislead."""
 
 
