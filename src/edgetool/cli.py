@@ -16,13 +16,14 @@ from typer.core import TyperGroup
 
 from edgetool import __version__, console
 from edgetool.commands import (
-    _later,
     bench,
+    chat,
     compile_vcu128,
     convert,
     demo,
     envs,
     eval,
+    fpga_host,
     gpus,
     inspect,
     jobs,
@@ -155,6 +156,8 @@ app.add_typer(gpus.app, name="gpus")
 app.command("serve-gpu")(serve_gpu.serve_gpu)
 app.command("bench")(bench.bench)
 app.command("eval")(eval.eval)
-app.command("serve-fpga", context_settings=dict(_later.ANY_ARGUMENTS))(serve_fpga.serve_fpga)
+app.command("serve-fpga")(serve_fpga.serve_fpga)
+app.command("fpga-host")(fpga_host.fpga_host)
+app.command("chat")(chat.chat)
 app.command("run")(run.run_recipe)
 app.add_typer(jobs.app, name="jobs")

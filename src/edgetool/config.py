@@ -1,8 +1,8 @@
 """The configuration of every command: one pydantic model, merged from options, environment, file and defaults.
 
 Only here are `EDGETOOL_...` variables and `--config` files read (by config_sources.py), and defaults are written down
-nowhere but in the sections, of which config_models.py, config_services.py and config_pipeline.py hold those of the
-commands. Precedence, key by key: option > environment > file > default.
+nowhere but in the sections, of which config_models.py and the other config_*.py hold those of the commands.
+Precedence, key by key: option > environment > file > default.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
 
+from edgetool.config_board import ChatConfig, FpgaHostConfig, ServeFpgaConfig
 from edgetool.config_evaluation import EvalConfig
 from edgetool.config_models import (
     CONVERT_TARGETS,
@@ -40,6 +41,7 @@ __all__ = [
     "CONVERT_TARGETS",
     "SECTIONS",
     "BenchConfig",
+    "ChatConfig",
     "CommonConfig",
     "CompileConfig",
     "Config",
@@ -48,6 +50,7 @@ __all__ = [
     "EnvironmentName",
     "EnvsConfig",
     "EvalConfig",
+    "FpgaHostConfig",
     "GpusConfig",
     "InspectConfig",
     "JobsConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "Section",
+    "ServeFpgaConfig",
     "ServeGpuConfig",
     "key_of",
     "keys",
@@ -98,8 +102,8 @@ class CommonConfig(Section):
 
     api_key: SecretStr | None = setting(
         None,
-        "key of the server that is started or asked (serve-gpu, bench, eval); --api-key gives it too, but everybody on "
-        "the machine can read options in `ps`",
+        "key of the server that is started or asked (serve-gpu, serve-fpga, bench, eval, chat); --api-key gives it "
+        "too, but everybody on the machine can read options in `ps`",
         "a key",
         option="",
     )
@@ -127,6 +131,9 @@ class Config(Section):
     gpus: GpusConfig = Field(default_factory=GpusConfig)
     serve_gpu: ServeGpuConfig = Field(default_factory=ServeGpuConfig)
     bench: BenchConfig = Field(default_factory=BenchConfig)
+    serve_fpga: ServeFpgaConfig = Field(default_factory=ServeFpgaConfig)
+    fpga_host: FpgaHostConfig = Field(default_factory=FpgaHostConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
     run: RunConfig = Field(default_factory=RunConfig)
     jobs: JobsConfig = Field(default_factory=JobsConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

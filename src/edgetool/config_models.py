@@ -243,6 +243,11 @@ class CompileConfig(Section):
     diff: tuple[HomePath, HomePath] | None = setting(None, "compare two images", "two images")
     extract: str | None = setting(None, "write this matrix of the image MODEL to --output, dequantised", "a name")
     verify: str | None = setting(None, "compare the image MODEL with this checkpoint, element by element", "a model")
+    verify_run: str | None = setting(
+        None, "run the image MODEL and compare with torch in float32 on this checkpoint", "a model"
+    )
+    numerics: Literal["et1", "fast"] = setting("et1", "how --verify-run computes: to the bit, or fast", "et1 or fast")
+    trace: HomePath | None = setting(None, "file for a line of JSON for every operation of --verify-run", "a file")
     push: HomePath | None = setting(None, "write this image to --device and read it back", "an image")
     device: HomePath | None = setting(None, "XDMA device to push to, e.g. /dev/xdma0_h2c_0", "a device or empty file")
     revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")

@@ -52,6 +52,7 @@ def gather(
     settings.values["common"] = {"cache_dir": own_directory("cache", environ)}
     settings.values["envs"] = {"directory": own_directory("data", environ) / "envs"}
     settings.values["serve_gpu"] = {"state_dir": own_directory("state", environ) / "servers"}
+    settings.values["serve_fpga"] = {"state_dir": own_directory("state", environ) / "boards"}
     settings.values["jobs"] = {"directory": own_directory("state", environ) / "jobs"}
     for section, table in from_file.items():
         for key, value in table.items():

@@ -55,10 +55,6 @@ class MissingDependency(EdgetoolError):
     exit_code = 5
 
 
-class NotBuiltYet(MissingDependency):
-    """The command is part of the plan but this version does not contain it."""
-
-
 class ResourceUnavailable(EdgetoolError):
     """No GPU, port, board, memory or disk to be had (in time)."""
 

@@ -284,6 +284,24 @@ def test_verify_compares_with_the_checkpoint(compile: Compile, model: Made, imag
         assert found["tensors_equal"] == found["tensors_compared"] == 15 + 5 + 1
 
 
+def test_verify_run_compares_with_float32_and_traces(
+    compile: Compile, model: Made, image: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    line = (str(image), "--verify-run", str(model.path), "--trace", str(trace))
+    found = json.loads(compile(*line, "--json").stdout)
+    assert found["schema"] == "edgetool.compile-vcu128/1" and found["ok"]
+    assert (found["numerics"], found["reference"], found["trace"]) == ("et1", "transformers", str(trace))
+    assert found["greedy"]["equal_of_these"] == found["greedy"]["margin_allows"]
+    assert len(trace.read_text().splitlines()) % found["sequences"] == 0
+    again = compile(*line, "--json")
+    assert again.exit_code == 4 and "exists already" in json.loads(again.stdout)["message"]
+    shown = compile(*line, "--numerics", "fast", "--overwrite")
+    assert shown.exit_code == 0 and "equal of these" in shown.stdout and "MVM" in shown.stdout
+    alone = compile(str(image), "--trace", str(trace), "--json")
+    assert alone.exit_code == 2 and "--verify-run" in json.loads(alone.stdout)["hint"]
+
+
 def test_extract_gives_the_checkpoints_weight(compile: Compile, model: Made, image: Path, tmp_path: Path) -> None:
     target = tmp_path / "up.safetensors"
     found = document(compile(image, "--extract", "model.layers.0.mlp.up_proj", "-o", target, "--json"))

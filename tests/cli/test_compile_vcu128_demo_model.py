@@ -16,6 +16,7 @@ from tests.fakes.image_runner import Runner
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 PROMPT = "The capital of France is"
+SLOWEST_TOKENS_PER_S = 5.0
 
 
 def edgetool(*arguments: Any) -> Any:
@@ -50,6 +51,24 @@ def test_the_image_verifies_weight_by_weight(demo_run: DemoRun, image: Path) -> 
     assert document["tensors_equal"] == document["tensors_compared"]
 
 
+@pytest.mark.parametrize(("numerics", "share"), [("et1", 0.01), ("fast", 0.03)])
+def test_the_image_computes_what_float32_computes(
+    demo_run: DemoRun,  # noqa: F811
+    image: Path,
+    numerics: str,
+    share: float,
+) -> None:
+    """Greedy tokens are the reference's wherever its margin allows, and it allows many of them."""
+    result = edgetool(image, "--verify-run", demo_run.output, "--numerics", numerics, "--jobs", 1)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    greedy, logits = found["greedy"], found["logits"]
+    assert found["reference"] == "transformers"
+    assert greedy["equal_of_these"] == greedy["margin_allows"] >= greedy["tokens"] // 3
+    # fp16 has 11 bits and bfloat16 8; thirty layers add up what they round
+    assert 0 < logits["rms_difference"] < share * logits["spread"]
+
+
 def test_the_boards_own_format_cannot_hold_it(demo_run: DemoRun, tmp_path: Path) -> None:  # noqa: F811
     result = edgetool(demo_run.output, "-o", tmp_path / "tree", "--profile", "edgellm", "--lm-head", "rtn4")
     assert result.exit_code == 4
@@ -70,3 +89,30 @@ def test_the_bytes_speak_english(image: Path) -> None:
         words.append(int(np.argmax(logits)))
         logits = runner.feed([words[-1]])
     assert "Paris" in tokenizer.decode(words)
+
+
+def test_the_simulated_board_speaks_english_by_its_own_numerics(image: Path) -> None:
+    import time
+
+    from tokenizers import Tokenizer
+
+    from edgetool.fpga.image import Image
+    from edgetool.fpga.simulator.engine import Simulator
+
+    tokenizer = Tokenizer.from_file(str(image / "tokenizer" / "tokenizer.json"))
+    ids = tokenizer.encode(PROMPT).ids
+    simulator = Simulator(Image.open(image), "et1")
+    session = simulator.session()
+    logits = session.feed(ids)
+    one_by_one = simulator.session()
+    for token in ids:
+        last = one_by_one.feed([token])
+    assert np.array_equal(last.view(np.uint16), logits.view(np.uint16))
+    words: list[int] = []
+    start = time.process_time()
+    while len(words) < 8:
+        words.append(int(np.argmax(logits)))
+        logits = session.feed(words[-1:])
+    assert len(words) / (time.process_time() - start) > SLOWEST_TOKENS_PER_S  # of the processor's time: CI is busy
+    assert "Paris" in tokenizer.decode(words)
+    assert session.overflows == {}

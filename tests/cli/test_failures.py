@@ -19,13 +19,11 @@ ERROR_CLASSES = {
     "ConfigError": 3,
     "BadInput": 4,
     "MissingDependency": 5,
-    "NotBuiltYet": 5,
     "ResourceUnavailable": 6,
     "BackendFailed": 7,
     "VerificationFailed": 8,
     "Stopped": 75,
 }  # written by hand from the command-line contract, not read from errors.py
-LATER = ["serve-fpga"]
 
 
 @pytest.mark.parametrize(("name", "code"), ERROR_CLASSES.items())
@@ -110,17 +108,6 @@ def test_usage_errors_with_json_are_a_document(shell: Callable[..., Any]) -> Non
 @pytest.mark.parametrize("arguments", [("quantize",), ("quantize", "demo"), ("quantize", "-o", "out"), ("inspect",)])
 def test_a_missing_model_or_output_is_a_usage_error(edgetool: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     assert edgetool(*arguments).exit_code == 2
-
-
-@pytest.mark.parametrize("command", LATER)
-def test_a_command_of_a_later_version_answers_with_exit_5_whatever_it_is_given(
-    edgetool: Callable[..., Any], command: str
-) -> None:
-    result = edgetool(command, "model", "-o", "out", "--port", "8000", "--json")
-    assert result.exit_code == 5
-    document = json.loads(result.stdout)
-    assert (document["schema"], document["ok"], document["exit_code"]) == (f"edgetool.{command}/1", False, 5)
-    assert "not built yet" in document["message"]
 
 
 def test_an_interrupt_exits_130(edgetool: Callable[..., Any]) -> None:

@@ -19,10 +19,12 @@ RECIPES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix i
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-BUILT = ["quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "eval"]
-BUILT += ["run", "jobs"]
+BUILT = [
+    "quantize", "convert", "inspect", "demo", "compile-vcu128", "bench", "envs", "gpus", "serve-gpu", "serve-fpga",
+    "fpga-host", "chat", "eval", "run", "jobs",
+]  # fmt: skip
 
-FETCH_NOTHING = {"bench", "envs", "gpus", "jobs", "run"}
+FETCH_NOTHING = {"bench", "envs", "gpus", "serve-fpga", "fpga-host", "chat", "run", "jobs"}
 """Commands that take no model: an option that does nothing would only mislead."""
 
 

@@ -22,6 +22,9 @@ HEAVY = ["torch", "transformers", "rich.progress", "huggingface_hub", "gguf", "n
         (["--help"], 0),
         (["quantize", "--help"], 0),
         (["compile-vcu128", "--help"], 0),
+        (["serve-fpga", "--help"], 0),
+        (["serve-fpga"], 2),
+        (["chat"], 2),
     ],
 )
 def test_start_imports_nothing_heavy(arguments: list[str], code: int) -> None:

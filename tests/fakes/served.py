@@ -1,4 +1,4 @@
-"""A real `edgetool serve-gpu` as a child process, and everything that belongs to it, found without edgetool's help."""
+"""A real server of edgetool as a child process, and everything that belongs to it, found without edgetool's help."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ MARK = "SERVED_BY_TEST"
 
 
 class Served:
-    """Started at once; `ready()` waits for its document. As a context manager it leaves nothing behind."""
+    """Started at once; `ready()` waits for its document. As a context manager it leaves nothing behind.
 
-    def __init__(self, directory: Path, *arguments: str, key: str | None = "k", env: dict[str, str] | None = None):
+    `command`: serve-gpu, serve-fpga or fpga-host.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        key: str | None = "k",
+        env: dict[str, str] | None = None,
+        command: str = "serve-gpu",
+    ):
         self.mark = uuid.uuid4().hex
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -39,7 +49,7 @@ class Served:
         }
         with self.output.open("wb") as out, self.errors.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "edgetool", "serve-gpu", *arguments, "--json"],
+                [sys.executable, "-m", "edgetool", command, *arguments, "--json"],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -49,7 +49,7 @@ def make_tiny_model(
     finally:
         torch.random.set_rng_state(generator_state)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size="100GB")
-    _tokenizer().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
     if shards > 1:
         _cut(directory, shards)
     for path in directory.iterdir():
@@ -105,7 +105,8 @@ def _build(family: str, hidden_size: int, layers: int, tied: bool, overrides: di
     return model_class(config)
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
+    """The tokenizer of all tiny models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

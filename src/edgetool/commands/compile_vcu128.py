@@ -71,6 +71,17 @@ def compile_vcu128(
     verify: Annotated[
         str | None, Option("--verify", metavar="CKPT", help="Compare an image with its checkpoint, weight by weight.")
     ] = None,
+    verify_run: Annotated[
+        str | None,
+        Option("--verify-run", metavar="CKPT", help="Run an image; compare with torch in float32 on its checkpoint."),
+    ] = None,
+    numerics: Annotated[
+        str | None, Option("--numerics", metavar="NAME", help="With --verify-run: et1 or fast [default: et1].")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        Option("--trace", metavar="FILE", help="With --verify-run: write a line of JSON for every operation."),
+    ] = None,
     push: Annotated[
         Path | None, Option("--push", metavar="IMAGE", help="Write an image to --device and read it back.")
     ] = None,
@@ -107,6 +118,12 @@ def blocks(result: dict[str, Any]) -> list[Block]:
     segments, tensors = shown.pop("segments", []), shown.pop("tensors", [])
     if hbm:
         shown["hbm_per_pc_bytes"] = max(hbm)
+    if read := shown.pop("bytes_per_token", None):
+        shown |= {
+            "decoded_at_context_of_tokens": read["context_tokens"],
+            "read_bytes_per_pc": max(read["bytes_per_pc"]),
+        }
+        shown["read_bytes_by_role"] = read["bytes_by_role"]
     roles = shown.pop("read_bytes_by_role", None) or memory.pop("read_bytes_by_role", None)
     tables = _blocks.report(title, shown)
     if roles:

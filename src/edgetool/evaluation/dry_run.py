@@ -17,7 +17,7 @@ from edgetool.progress import Progress
 from edgetool.progress_lines import size
 from edgetool.runs import available_memory_bytes
 from edgetool.serving.legality import look
-from edgetool.serving.service import given_key
+from edgetool.serving.secrets import given_key
 
 
 def dry_run(config: Config, progress: Progress) -> dict[str, Any]:

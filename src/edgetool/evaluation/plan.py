@@ -25,7 +25,7 @@ from edgetool.evaluation.sandbox import Sandbox
 from edgetool.evaluation.targets import Asking, InProcess, Remote, Target, need_template
 from edgetool.evaluation.tasks import EvalTask, find_tasks
 from edgetool.progress import Progress
-from edgetool.serving.service import given_key
+from edgetool.serving.secrets import given_key
 
 if TYPE_CHECKING:
     from edgetool.evaluation.stock_tasks import StockTask

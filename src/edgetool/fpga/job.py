@@ -33,13 +33,15 @@ _WORST_SHOWN = 5
 
 
 def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
-    """Do what the options ask for: compile, or --inspect, --diff, --extract, --verify or --push an image.
+    """Do what the options ask for: compile, or --inspect, --diff, --extract, --verify, --verify-run or --push an image.
 
     Returns the result document. Raises any EdgetoolError; nothing appears at the output's place unless it is whole.
     """
-    asked = [name for name in ("diff", "extract", "verify", "push") if getattr(config, name) is not None]
+    asked = [name for name in ("diff", "extract", "verify", "verify_run", "push") if getattr(config, name) is not None]
     if len(asked) > 1:
-        raise UsageError(f"--{asked[0]} and --{asked[1]} are two commands", "give one of them")
+        raise UsageError(f"{_option(asked[0])} and {_option(asked[1])} are two commands", "give one of them")
+    if config.trace is not None and config.verify_run is None:
+        raise UsageError("--trace needs --verify-run", "edgetool compile-vcu128 IMAGE --verify-run CKPT --trace FILE")
     if not asked and config.inspect is None:
         return compile_checkpoint(config, common, progress)
     from edgetool.fpga import checks, push, verify
@@ -59,7 +61,19 @@ def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress)
     if config.verify is not None:
         source = resolve_configured(config.verify, common, config.revision, progress)
         return verify.verify(image, Checkpoint.open(source.path), threads, progress)
+    if config.verify_run is not None:
+        from edgetool.fpga.verify_run import RunSettings, verify_run
+        from edgetool.models.devices import resolve_device
+
+        source = resolve_configured(config.verify_run, common, config.revision, progress)
+        where = str(resolve_device("auto")) if config.numerics == "fast" else "cpu"
+        settings = RunSettings(config.numerics, where, threads, config.trace, config.overwrite)
+        return verify_run(image, Checkpoint.open(source.path), settings, progress)
     return checks.inspect(image, threads, progress)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def threads_of(config: CompileConfig) -> int:

@@ -174,7 +174,10 @@ def check_program(document: Mapping[str, Any], weights: set[str], constants: set
     layers = document.get("layers")
     if not isinstance(layers, int) or layers < 1:
         raise BadInput(f"program.json: layers is {layers!r}; must be a positive whole number")
-    buffers = {buffer.get("name") for buffer in document.get("buffers", [])} | {"token"}
+    listed = document.get("buffers")
+    if not isinstance(listed, list) or not all(isinstance(b, dict) and isinstance(b.get("name"), str) for b in listed):
+        raise BadInput("program.json: buffers is not a list of records with names")
+    buffers = {buffer["name"] for buffer in listed} | {"token"}
     known = {"weight": weights, "in": buffers, "out": buffers, "residual": buffers, "mul": buffers}
     known |= dict.fromkeys(("bias", "gamma", "index", "cos", "sin", "exp"), constants)
     for part, repeats in (("prologue", 1), ("layer", layers), ("epilogue", 1)):
@@ -186,7 +189,7 @@ def check_program(document: Mapping[str, Any], weights: set[str], constants: set
 
 
 def _check_op(where: str, op: Any, known: Mapping[str, set[Any]], repeats: int, constants: set[str]) -> None:
-    if not isinstance(op, dict) or op.get("op") not in OPERATIONS:
+    if not isinstance(op, dict) or not isinstance(op.get("op"), str) or op["op"] not in OPERATIONS:
         raise BadInput(f"{where}: unknown operation {op.get('op') if isinstance(op, dict) else op!r}")
     needed, optional = OPERATIONS[op["op"]]
     fields = set(op) - {"op"}
@@ -199,7 +202,7 @@ def _check_op(where: str, op: Any, known: Mapping[str, set[Any]], repeats: int, 
             name = str(op[field]).replace("{layer}", str(layer))
             if name not in names:
                 raise BadInput(f"{where}: {op['op']} names {field} {name!r}, which is not in the image")
-    if op["op"] == "ACT" and op["table"] not in constants:
+    if op["op"] == "ACT" and str(op["table"]) not in constants:
         raise BadInput(f"{where}: ACT names table {op['table']!r}, which is not in the image")
 
 

@@ -44,7 +44,7 @@ def verify(directory: Path, checkpoint: Checkpoint, threads: int, progress: Prog
     image = Image.open(directory)
     image.check_hashes(threads)
     found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)
-    side = _Side(checkpoint, found)
+    side = CheckpointSide(checkpoint, found)
     comparison = _Comparison(image, [image.port(pc) for pc in range(VCU128.pseudo_channels)], side)
     records = list(image.manifest["tensors"])
     sourced = [record for record in image.manifest["constants"] if record["source"] is not None]
@@ -78,7 +78,9 @@ def verify_sample(directory: Path, checkpoint: Checkpoint, progress: Progress) -
     """
     image = Image.open(directory)
     found = detect(checkpoint.tensors, checkpoint.read, checkpoint.config)
-    comparison = _Comparison(image, [image.port(pc) for pc in range(VCU128.pseudo_channels)], _Side(checkpoint, found))
+    comparison = _Comparison(
+        image, [image.port(pc) for pc in range(VCU128.pseudo_channels)], CheckpointSide(checkpoint, found)
+    )
     records = list(image.manifest["tensors"])
     chosen = [*records[: -1 : max(1, len(records) // _SAMPLED)], records[-1]]
     with progress.task("check a sample", len(chosen), "matrices") as task:
@@ -92,7 +94,7 @@ def verify_sample(directory: Path, checkpoint: Checkpoint, progress: Progress) -
 
 
 @dataclass(frozen=True)
-class _Side:
+class CheckpointSide:
     """The checkpoint: quantised modules by the plain reader, others as stored."""
 
     checkpoint: Checkpoint
@@ -130,7 +132,7 @@ class _Side:
 class _Comparison:
     image: Image
     ports: list[Array]
-    side: _Side
+    side: CheckpointSide
 
     def matrix(self, record: Record, edges: int = 0) -> str | None:
         """The first difference of one matrix, in words. edges: compare only so many rows at either end."""

@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -228,7 +229,11 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises BadInput if there is none."""
-    directory = checkpoint.directory
+    return tokenizer_at(checkpoint.directory)
+
+
+def tokenizer_at(directory: Path) -> Any:
+    """The tokenizer whose files are in `directory`. Raises BadInput if there is none, or only one that is a program."""
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise BadInput(f"{directory}: no tokenizer (tokenizer.json or tokenizer.model)")
     try:
@@ -236,7 +241,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except ImportError as error:
         raise MissingDependency(f"transformers is not installed ({error})", "pip install 'edgetool[quant]'") from error
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{directory}: the tokenizer cannot be read: {reason}") from error

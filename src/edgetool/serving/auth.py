@@ -1,11 +1,11 @@
-"""The key in front of every route but /health, as ASGI middleware; and keys that are made here."""
+"""The keys in front of every route but /health, as ASGI middleware; and keys that are made here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -21,15 +21,22 @@ def new_key() -> str:
     return "et-" + secrets.token_urlsafe(24)
 
 
+KEY_NAME = "edgetool_key"
+"""Where the name of a request's key stands in its scope."""
+
+
 class RequireKey:
     """Lets requests to `app` pass that carry `Authorization: Bearer KEY`; 401 in OpenAI's form otherwise.
 
-    Digests are compared, in constant time, so that neither length nor content of the key leaks by timing.
+    Digests are compared with those of all keys, in constant time, so that neither length nor content of a key leaks by
+    timing. The name of the key that fits is put into the scope.
     """
 
-    def __init__(self, app: App, key: str) -> None:
+    def __init__(self, app: App, key: str | Mapping[str, str]) -> None:
+        """`key`: the one key, or several by name."""
         self.app = app
-        self._digest = hashlib.sha256(key.encode()).digest()
+        keys = {"default": key} if isinstance(key, str) else key
+        self._digests = {name: hashlib.sha256(text.encode()).digest() for name, text in keys.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
@@ -49,7 +56,12 @@ class RequireKey:
             return False
         scheme, _, token = given[0].partition(b" ")
         digest = hashlib.sha256(token.strip()).digest()
-        return scheme.lower() == b"bearer" and secrets.compare_digest(digest, self._digest)
+        # every key is compared, so that the time does not tell which one was nearly right
+        fitting = [name for name, known in self._digests.items() if secrets.compare_digest(digest, known)]
+        if scheme.lower() != b"bearer" or not fitting:
+            return False
+        scope[KEY_NAME] = fitting[0]
+        return True
 
 
 async def _refuse(send: Send) -> None:

@@ -19,7 +19,7 @@ from edgetool import errors
 from edgetool.config import SECTIONS, Config, key_of
 from edgetool.errors import BackendFailed
 from edgetool.progress import Progress
-from edgetool.serving.service import choose_key
+from edgetool.serving.secrets import choose_key
 
 _LOOK_S = 0.1
 _STOP_LIMIT_S = 30.0

@@ -18,27 +18,14 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel, ConfigDict, Field
 
 from edgetool.serving.auth import RequireKey
 from edgetool.serving.jobs import FrontJob
+from edgetool.serving.prediction import Prediction
 from edgetool.serving.proxy import Proxy, engine_client
 
-PREDICT_TOKENS = 256
-"""Longest answer of /predict when the request does not say."""
 PREDICT_AT_ONCE = 256
 """Prompts of one /predict that are with the engine at the same time."""
-
-
-class Prediction(BaseModel):
-    """The body of POST /predict."""
-
-    model_config = ConfigDict(extra="forbid")
-    prompt: str | list[str]
-    max_tokens: int = Field(PREDICT_TOKENS, ge=1)
-    temperature: float = Field(0.0, ge=0)  # the same answer each time, unless asked otherwise
-    seed: int | None = None
-    stop: str | list[str] | None = None
 
 
 def make_app(job: FrontJob, engine: httpx.AsyncClient) -> RequireKey:

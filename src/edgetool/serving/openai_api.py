@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -94,22 +95,27 @@ class Shapes:
     def _record(self, what: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": what, "created": self.created, "model": self.model, "choices": choices}
 
-    def whole(self, answers: list[tuple[str, str]], used: dict[str, int]) -> dict[str, Any]:
-        """The answer; `answers` are (text, finish_reason)."""
+    def whole(
+        self, answers: Sequence[tuple[str, str]], used: dict[str, int] | None, logprobs: Sequence[Any] = ()
+    ) -> dict[str, Any]:
+        """The answer; `answers` are (text, finish_reason), `logprobs` a record for each of them or nothing."""
         choices = []
         for index, (text, finish) in enumerate(answers):
             said = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish})
+            likely = logprobs[index] if logprobs else None
+            choices.append({"index": index, **said, "logprobs": likely, "finish_reason": finish})
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self._record(name, choices), "usage": used}
 
-    def chunk(self, index: int, text: str, finish: str | None, *, first: bool = False) -> dict[str, Any]:
+    def chunk(
+        self, index: int, text: str, finish: str | None, *, first: bool = False, logprobs: Any = None
+    ) -> dict[str, Any]:
         """One chunk of a stream; the first of a chat names the role."""
         if self.kind == "chat":
             delta: dict[str, Any] = {"role": "assistant", "content": text} if first else {"content": text}
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return self._record("chat.completion.chunk", [choice])
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return self._record("text_completion", [choice])
 
     def usage_chunk(self, used: dict[str, int]) -> dict[str, Any]:

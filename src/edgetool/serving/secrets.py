@@ -1,10 +1,48 @@
-"""A secret that was typed as an option: taken out of the arguments that everybody can read."""
+"""The key of a server: given, or made here; one that was typed as an option is taken out of what everybody can read."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import dataclass
 from pathlib import Path
+
+from edgetool.config import Config
+from edgetool.config_sources import COMMAND_LINE
+from edgetool.errors import ConfigError
+from edgetool.progress import Progress
+from edgetool.serving.auth import new_key
+
+
+@dataclass(frozen=True)
+class Key:
+    """The key of the servers; `generated` here, so that it has to be told to the user."""
+
+    text: str
+    generated: bool
+
+
+def choose_key(config: Config, progress: Progress) -> Key:
+    """The key that was given, or a new one. Raises as `given_key`."""
+    given = given_key(config, progress)
+    return Key(new_key(), True) if given is None else Key(given, False)
+
+
+def given_key(config: Config, progress: Progress) -> str | None:
+    """The key that was given, None without one. One given as an option is taken out of what `ps` shows.
+
+    Raises ConfigError for a key that no client could send.
+    """
+    given = config.common.server_key()
+    if given is None:
+        return None
+    if not re.fullmatch(r"[\x21-\x7e]+", given):
+        raise ConfigError("api_key must be printable ASCII without spaces, and at least one character")
+    if config.origins.get("common.api_key") == COMMAND_LINE:
+        hidden = hide_argument(given)
+        state = "it is hidden now, but was to be seen at first" if hidden else "everybody on this machine can read it"
+        progress.warn(f"--api-key stands in the arguments: {state}; set EDGETOOL_API_KEY instead")
+    return given
 
 
 def hide_argument(secret: str) -> bool:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetool.config import ServeGpuConfig
-from edgetool.errors import ConfigError, ResourceUnavailable
+from edgetool.errors import ResourceUnavailable
 from edgetool.process import Child, Ended
 from edgetool.progress import Progress
-from edgetool.scheduler import Lease, Request, Scheduler
+from edgetool.scheduler import Lease, Scheduler
 from edgetool.serving import vllm_engine
 from edgetool.serving.jobs import EngineJob, FrontJob
 from edgetool.serving.phases import TRANSFORMERS, VLLM, PhaseReader
 from edgetool.serving.plan import Plan
 from edgetool.serving.ready import Endpoint, check_answers, healthy
+from edgetool.serving.starting import lease_and_bind, own_environment, start_child, url_of
 
-_PORT_TRIES = 5
 _LOOK_S = 0.3
 
 
@@ -57,9 +55,7 @@ class Server:
     @property
     def url(self) -> str:
         """The address for clients on this machine."""
-        host = self.settings.host
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-        return f"http://{host}:{self.port}"
+        return url_of(self.settings.host, self.port)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -96,7 +92,7 @@ class Server:
             passed += (self.listening.fileno(),)
         if not self.settings.front and self.settings.engine == "vllm":
             self.listening.close()  # vLLM binds the port itself
-        self.engine = _start(command, environment, log, passed, stdin, self.lease)
+        self.engine = start_child(command, environment, log, passed, stdin, self.lease)
         reader = PhaseReader(phases)
         name = "vLLM" if self.settings.engine == "vllm" else "the transformers engine"
         with progress.task(f"start {name}", len(phases), "phase") as task:
@@ -186,7 +182,7 @@ class Server:
             drain_s=settings.drain_s,
         )
         command = [sys.executable, "-m", "edgetool.serving.transformers_engine"]
-        return command, _own_environment(self.lease), job.to_json().encode()
+        return command, own_environment(self.lease), job.to_json().encode()
 
     def _start_front(self, log: Path) -> Child:
         job = FrontJob(
@@ -199,7 +195,7 @@ class Server:
         )
         command = [sys.executable, "-m", "edgetool.serving.front"]
         passed = (*self.lease.fds, self.listening.fileno())
-        return _start(command, _own_environment(self.lease), log, passed, job.to_json().encode(), self.lease)
+        return start_child(command, own_environment(self.lease), log, passed, job.to_json().encode(), self.lease)
 
 
 def lease_for(
@@ -211,79 +207,11 @@ def lease_for(
 
     Raises ResourceUnavailable when it is not to be had in time, and ConfigError for an address that is not ours.
     """
-    wanted = [_with_port(request, port) for request in plan.requests]
-    for _ in range(_PORT_TRIES):
-        lease = _acquire(wanted, settings.wait_s, scheduler, command, progress)
-        try:
-            return lease, _bind(settings.host, lease.ports[0])
-        except BaseException as error:
-            lease.release()
-            if port or not isinstance(error, ResourceUnavailable):
-                raise
-    raise ResourceUnavailable(f"no port of {settings.host} could be bound", "choose one with --port")
-
-
-def _acquire(wanted: list[Request], wait_s: float, scheduler: Scheduler, command: str, progress: Progress) -> Lease:
-    for request in wanted if len(wanted) > 1 else ():
-        with contextlib.suppress(ResourceUnavailable):
-            return scheduler.acquire(request, command=command)
     try:
-        return scheduler.acquire(wanted[0], command=command, wait_s=wait_s, progress=progress)
+        return lease_and_bind(plan.requests, settings.host, port, settings.wait_s, scheduler, command, progress)
     except ResourceUnavailable as error:
         # what `gpus run` calls --min-free is a share here
         message = error.message.replace(
             "--min-free how much of it is needed", "--gpu-memory-utilization which share of it is needed"
         )
         raise ResourceUnavailable(message, error.hint) from error
-
-
-def _with_port(request: Request, port: int) -> Request:
-    return replace(request, port=port) if port else replace(request, ports=1)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise ConfigError(f"host {host!r} is no address: {error.strerror}", "use --host 127.0.0.1") from error
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigError(f"{host} is not an address of this machine", "use --host 127.0.0.1") from error
-        raise ResourceUnavailable(f"port {port} of {host}: {error.strerror}", "use another --port, or 0") from error
-    return listening
-
-
-def _own_environment(lease: Lease) -> dict[str, str]:
-    """For processes of edgetool itself: everything but its settings, which their jobs hold already."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("EDGETOOL_")}
-    return {**kept, "TOKENIZERS_PARALLELISM": "false", **lease.environment()}
-
-
-def _start(
-    command: list[str],
-    environment: Mapping[str, str],
-    log: Path,
-    passed: tuple[int, ...],
-    stdin: bytes | None,
-    lease: Lease,
-) -> Child:
-    reading = None
-    if stdin is not None:
-        # a job fits into a pipe's buffer (64 KiB), so writing it does not wait for a reader
-        reading, writing = os.pipe()
-        os.write(writing, stdin)
-        os.close(writing)
-    try:
-        child = Child.start(command, log=log, env=environment, stdin=reading, pass_fds=passed)
-    finally:
-        if reading is not None:
-            os.close(reading)
-    lease.adopt(child.pid)
-    return child

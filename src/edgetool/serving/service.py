@@ -15,53 +15,20 @@ from typing import Any
 from edgetool.backends import environments
 from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import Config
-from edgetool.config_sources import COMMAND_LINE
 from edgetool.errors import BackendFailed, ConfigError, MissingDependency, ResourceUnavailable
 from edgetool.process import Restarts, describe
 from edgetool.progress import Progress
 from edgetool.scheduler import from_config
 from edgetool.serving import shared_memory, vllm_engine
-from edgetool.serving.auth import new_key
 from edgetool.serving.plan import Plan, make_plan
 from edgetool.serving.registry import Record, Registry
-from edgetool.serving.secrets import hide_argument
+from edgetool.serving.secrets import Key, choose_key
 from edgetool.serving.server import Interpreters, Server, lease_for
 
 Announce = Callable[[dict[str, Any]], None]
 
 _LOOK_S = 0.1
 _CONNECT_LIMIT_S = 3.0
-
-
-@dataclass(frozen=True)
-class Key:
-    """The key of the servers; `generated` here, so that it has to be told to the user."""
-
-    text: str
-    generated: bool
-
-
-def choose_key(config: Config, progress: Progress) -> Key:
-    """The key that was given, or a new one. Raises as `given_key`."""
-    given = given_key(config, progress)
-    return Key(new_key(), True) if given is None else Key(given, False)
-
-
-def given_key(config: Config, progress: Progress) -> str | None:
-    """The key that was given, None without one. One given as an option is taken out of what `ps` shows.
-
-    Raises ConfigError for a key that no client could send.
-    """
-    given = config.common.server_key()
-    if given is None:
-        return None
-    if not re.fullmatch(r"[\x21-\x7e]+", given):
-        raise ConfigError("api_key must be printable ASCII without spaces, and at least one character")
-    if config.origins.get("common.api_key") == COMMAND_LINE:
-        hidden = hide_argument(given)
-        state = "it is hidden now, but was to be seen at first" if hidden else "everybody on this machine can read it"
-        progress.warn(f"--api-key stands in the arguments: {state}; set EDGETOOL_API_KEY instead")
-    return given
 
 
 def make_plans(config: Config, progress: Progress) -> list[Plan]:

@@ -94,9 +94,9 @@ def test_a_model_that_does_not_fit_is_refused_with_what_it_needs(model: Path, mo
     parameters = 512 * 32 + 32 * (32 + 16 + 16 + 32 + 3 * 64) + 3 * 32
     logits = 3 * 4 * 512 * max(2 * 512, 2000)
     assert one.needed_bytes(2000) == 4 * parameters + logits + 2**30
-    monkeypatch.setattr(targets, "available_bytes", lambda: one.needed_bytes(2000))
+    monkeypatch.setattr(targets, "available_memory_bytes", lambda: one.needed_bytes(2000))
     one.check_memory(2000)
-    monkeypatch.setattr(targets, "available_bytes", lambda: one.needed_bytes(2000) - 1)
+    monkeypatch.setattr(targets, "available_memory_bytes", lambda: one.needed_bytes(2000) - 1)
     with pytest.raises(ResourceUnavailable, match="needs about"):
         one.check_memory(2000)
 

@@ -164,6 +164,10 @@ PROGRAM_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "more layers than weights": (lambda p: put(p, layers=3), "'layers.2.input_norm', which is not in the image"),
     "a buffer that is not there": (lambda p: put(p["layer"][1], out="y"), "out 'y'"),
     "no layers": (lambda p: put(p, layers=0), "layers is 0"),
+    "an operation whose name is a list": (lambda p: put(p["layer"][0], op=["MVM"]), "unknown operation ['MVM']"),
+    "buffers that are numbers": (lambda p: put(p, buffers=[1, 2]), "buffers is not a list of records"),
+    "a buffer whose name is a list": (lambda p: put(p["buffers"][0], name=["x"]), "buffers is not a list of records"),
+    "no buffers": (lambda p: p.pop("buffers"), "buffers is not a list of records"),
     "no list": (lambda p: put(p, layer="all"), "layer is not a list"),
     "a table that is not there": (
         lambda p: put(next(op for op in p["layer"] if op["op"] == "ACT"), table="table.gelu"),
