@@ -329,3 +329,15 @@ def test_a_backend_that_fails_at_first_is_kept_running(tmp_path: Path) -> None:
             break
         time.sleep(pause_s)
     assert codes == [5, 5, 5, 0]
+
+
+def test_output_can_go_apart_from_the_log(tmp_path: Path) -> None:
+    descriptor = os.memfd_create("output")
+    try:
+        text = "import sys\nprint('a result')\nprint('a word', file=sys.stderr)"
+        with Child.start(script(text), log=tmp_path / "log", stdout=descriptor) as child:
+            assert child.wait(ENOUGH_S) == 0
+        assert os.pread(descriptor, 100, 0) == b"a result\n"
+        assert (tmp_path / "log").read_text() == "a word\n"
+    finally:
+        os.close(descriptor)

@@ -84,3 +84,30 @@ def test_steps_of_an_earlier_run_do_not_make_this_one_look_fast() -> None:
     said = next(line for line in stream.getvalue().splitlines() if "21 of 30" in line)
     # one layer took 0.2 s or more, so nine take 1.8 s or more; with 21 counted as this run's own it would be 0.09 s
     assert float(said.split("about ")[1].split(" s left")[0]) > 1
+
+
+def test_steps_are_lines_with_their_state_and_their_own_tasks() -> None:
+    stream = io.StringIO()
+    lines = PlainProgress(stream)
+    with lines.steps(["quantize", "eval"]) as steps:
+        steps.state("quantize", "running", "going on")
+        steps.advance("quantize", "layers", 3, 30, "layer", "layer 2 done")
+        steps.state("quantize", "done")
+    said = [line.split("] ", 1)[1] for line in stream.getvalue().splitlines()]
+    assert said == [
+        "quantize: running (going on)",
+        "quantize: layers: 3 of 30 layers (layer 2 done)",
+        "quantize: done",
+    ]
+
+
+def test_steps_as_json_name_themselves_in_every_event() -> None:
+    stream = io.StringIO()
+    lines = JsonProgress(stream)
+    with lines.steps(["quantize"]) as steps:
+        steps.state("quantize", "running")
+        steps.advance("quantize", "layers", 3, 30, "layer")
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (first["event"], first["step"], first["state"], first["note"]) == ("step", "quantize", "running", None)
+    assert (second["event"], second["step"], second["task"]) == ("progress", "quantize", "layers")
+    assert (second["done"], second["total"], second["unit"]) == (3, 30, "layer")

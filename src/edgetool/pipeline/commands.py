@@ -35,7 +35,7 @@ COMMANDS = {
             "compile-vcu128",
             "compile_vcu128",
             "model",
-            owned=frozenset({"inspect", "diff", "extract", "verify", "push", "device"}),
+            owned=frozenset({"inspect", "diff", "extract", "verify", "verify_run", "push", "device"}),
         ),
         Command(
             "serve-gpu",
