@@ -152,15 +152,18 @@ def test_what_does_not_name_a_job_is_refused(recording: Path, arguments: tuple[s
     assert jobs(*arguments).exit_code == code
 
 
-class Real:
-    """A real `edgetool quantize` of a model that takes minutes, and whatever carries its mark."""
+SLOW = {"group_size": 32, "calib_samples": 64, "calib_seqlen": 512}
+"""Settings with which a quantise of a model of many layers takes minutes."""
 
-    def __init__(self, model: Path, directory: Path) -> None:
-        self.output = directory / "out"
+
+class Real:
+    """A real edgetool, and whatever carries its mark."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "REAL_JOB": str(directory)}
-        options = ("--group-size", "32", "--calib-samples", "64", "--calib-seqlen", "512", "--json")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "edgetool", "quantize", str(model), "-o", str(self.output), *options],
+            [sys.executable, "-m", "edgetool", *arguments, "--json"],
+            cwd=directory,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -186,14 +189,16 @@ class Real:
             time.sleep(0.05)
 
 
-def test_cancelling_a_running_quantise_leaves_no_process_and_no_half_output(
-    tiny: Callable[..., Path], recording: Path, tmp_path: Path
-) -> None:
-    real = Real(tiny("llama", layers=60, hidden_size=128), tmp_path)
-    partial = tmp_path / "out.partial"
+@pytest.fixture
+def slow_model(tiny: Callable[..., Path]) -> Path:
+    return tiny("llama", layers=60, hidden_size=128)
+
+
+def cancelled(real: Real, begun: Callable[[], bool], command: str) -> tuple[dict[str, Any], list[int]]:
+    """Cancel the job of `command` once it has begun: the document, and processes that are left."""
     try:
-        real.wait_for(lambda: (partial / "ledger.jsonl").is_file())
-        (job,) = listed()
+        real.wait_for(begun)
+        job = next(job for job in listed() if job["command"][1] == command)
         assert job["state"] == "running"
         document = json.loads(jobs("cancel", str(job["id"]), "--json").stdout)
     finally:
@@ -201,13 +206,37 @@ def test_cancelling_a_running_quantise_leaves_no_process_and_no_half_output(
         left = real.processes()
         real.process.kill()
         real.process.wait()
+    return document, left
+
+
+def test_cancelling_a_running_quantise_leaves_no_process_and_no_half_output(
+    slow_model: Path, recording: Path, tmp_path: Path
+) -> None:
+    options = [word for key, value in SLOW.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    real = Real(tmp_path, "quantize", str(slow_model), "-o", "out", *options)
+    partial = tmp_path / "out.partial"
+    document, left = cancelled(real, (partial / "ledger.jsonl").is_file, "quantize")
     assert left == []
     assert document["schema"] == "edgetool.jobs-cancel/1" and document["ok"]
     assert document["processes_left"] == 0
     assert document["removed"] == [str(partial)]
     assert document["state"] == "stopped"
-    assert not real.output.exists() and not partial.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))] == []
+
+
+def test_cancelling_a_run_ends_its_step_and_removes_what_that_was_writing(
+    slow_model: Path, recording: Path, tmp_path: Path
+) -> None:
+    settings = "".join(f"{key} = {value}\n" for key, value in SLOW.items())
+    (tmp_path / "r.toml").write_text(f'[run]\noutput = "out"\n[steps.quantize]\ncommand = "quantize"\n{settings}')
+    real = Real(tmp_path, "run", "r.toml", "--model", str(slow_model))
+    partial = tmp_path / "out" / "quantize.partial"
+    document, left = cancelled(real, (partial / "ledger.jsonl").is_file, "run")
+    assert left == []
+    assert document["removed"] == [str(partial)] and not partial.exists()
+    step, run = listed()
+    assert (step["parent"], step["command"][1], run["command"][1]) == (run["id"], "quantize", "run")
+    assert (step["state"], run["state"]) == ("stopped", "stopped")
 
 
 def test_following_a_log_ends_with_the_job(tmp_path: Path, recording: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ ladder = [{ bits = 8 }]
 [steps.quantize]
 command = "quantize"
 method = "rtn"
-bits = 4
+bits = 3
 group_size = 32
 
 [steps.eval]
@@ -31,7 +30,7 @@ against = { from = "model" }
 tasks = "perplexity"
 text = "text.txt"
 context = 32
-gate = "GATE"
+gate = "ratio<=1.002"
 
 [steps.convert]
 command = "convert"
@@ -71,25 +70,21 @@ def marked(directory: Path) -> list[str]:
 
 
 def test_real_commands_climb_the_ladder_of_a_real_gate(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """A random model is hurt by 4 bits and not by 8, in groups of 32; the gate lies between what the two measure."""
+    """Measured: 3 bits multiply the perplexity of this model by 1.0045, 8 bits by 1.0002; the gate is at 1.002."""
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    recipe = tmp_path / "r.toml"
-    model = str(tiny("llama", tied=False))
-    recipe.write_text(RECIPE.replace("GATE", "ratio<=1000"))
-    code, first = run(tmp_path, "r.toml", "--model", model, "-o", "out")
-    assert code == 0, first
-    ratio = first["steps"][1]["result"]["tasks"]["perplexity"]["ratio"]
-    recipe.write_text(RECIPE.replace("GATE", f"ratio<={1 + abs(ratio - 1) / 4 if ratio > 1 else ratio - 1e-4:.6f}"))
-    code, second = run(tmp_path, "r.toml", "--model", model, "-o", "out")
-    assert second["attempts"][0]["passed"] is False
-    assert second["attempts"][1]["changes"] == {"bits": 8}
-    if code == 0:
-        assert second["steps"][0]["result"]["bits"] == 8 and states(second)["convert"] == "done"
-        before = time.monotonic()
-        code, third = run(tmp_path, "r.toml", "--model", model, "-o", "out")
-        assert (code, set(states(third).values())) == (0, {"unchanged"})
-        assert third["rung"] == 1
-        assert third["seconds"] < time.monotonic() - before
+    (tmp_path / "r.toml").write_text(RECIPE)
+    settings = ("r.toml", "--model", str(tiny("llama", tied=False)), "-o", "out")
+    code, document = run(tmp_path, *settings)
+    assert code == 0, document
+    assert [(one["passed"], one["changes"]) for one in document["attempts"]] == [(False, {}), (True, {"bits": 8})]
+    assert set(states(document).values()) == {"done"}
+    steps = {step["name"]: step["result"] for step in document["steps"]}
+    assert steps["quantize"]["bits"] == 8
+    assert steps["eval"]["tasks"]["perplexity"]["ratio"] < 1.002
+    assert steps["convert"]["tensors_equal"] == steps["convert"]["tensors_compared"] > 0
+
+    code, again = run(tmp_path, *settings)
+    assert (code, again["rung"], set(states(again).values())) == (0, 1, {"unchanged"})
 
 
 @pytest.mark.slow

@@ -28,12 +28,15 @@ def cancel(store: JobStore, number: int, *, grace_s: float, keep: bool, progress
     """
     job = store.get(number)
     _refuse(job)
-    family = [job, *(one for one in store.below(number) if one.state in (RUNNING, LOST))]
+    begun_unix_s = time.time()
     progress.note(f"ending job {number}: {' '.join(('edgetool', *job.command))}")
     end = _end(job, grace_s)
     if end.left:
         listing = ", ".join(str(process.pid) for process in end.left)
         raise ResourceUnavailable(f"processes of job {number} still run: {listing}", "they hang in the kernel")
+    # asked now: the job may have started others while it was being ended
+    below = [one for one in store.below(number) if one.ended_unix_s is None or one.ended_unix_s >= begun_unix_s]
+    family = [job, *below]
     for one in family:
         store.finish(one.id, STOPPED, _KILLED, "cancelled")
     removed, kept = _unfinished(family, keep)
