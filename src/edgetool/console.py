@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edgetool.errors import EdgetoolError
@@ -230,12 +230,18 @@ class _Bar:
 class _StepBars:
     bars: RichProgress
     rows: Mapping[str, TaskID]
+    running: set[str] = field(default_factory=set)
 
     def state(self, name: str, state: str, note: str = "") -> None:
         row = self.rows[name]
+        if state == "running" and name in self.running:
+            self.bars.update(row, total=None, count=state, note=note)
+            return
         if state == "running":
+            self.running.add(name)
             self.bars.reset(row, total=None, count=state, note=note)
             return
+        self.running.discard(name)
         finished = state in ("done", "unchanged")
         self.bars.update(row, total=1, completed=int(finished), count=state, note=note)
         self.bars.stop_task(row)

@@ -22,6 +22,8 @@ HEAVY = ["torch", "transformers", "rich.progress", "huggingface_hub", "gguf", "n
         (["--help"], 0),
         (["quantize", "--help"], 0),
         (["compile-vcu128", "--help"], 0),
+        (["run", "--help"], 0),
+        (["jobs", "--json"], 0),
         (["serve-fpga", "--help"], 0),
         (["serve-fpga"], 2),
         (["chat"], 2),

@@ -71,13 +71,13 @@ def files_below(directory: Path) -> Files:
     while waiting:
         try:
             entries = list(os.scandir(waiting.pop()))
-        except FileNotFoundError:
+        except OSError:  # gone, or closed to us: whoever reads it will say so
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(Path(entry.path))
             else:
-                stat = entry.stat()
+                stat = entry.stat(follow_symlinks=Path(entry.path).exists())
                 found[os.path.relpath(entry.path, directory)] = [stat.st_size, stat.st_mtime_ns]
     return found
 

@@ -50,7 +50,10 @@ class RunRecord:
                     f"output {directory} was written by another command ({document['schema']})",
                     "choose another --output",
                 )
-            return cls(directory, document["steps"], document["begun"], document["failed_gates"])
+            parts = [document[name] for name in ("steps", "begun", "failed_gates")]
+            if not all(isinstance(part, dict) for part in parts):
+                raise TypeError("it is no record of a run")
+            return cls(directory, *parts)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{path} cannot be read: {error}", f"remove {directory}, or choose another --output"

@@ -1,0 +1,135 @@
+"""Recipes and options of `edgetool run` that cannot be run, and how they are changed; its steps are stand-ins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.fakes.recipe_run import RECIPE, Run
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(tmp_path, monkeypatch)
+
+
+WRONG = {
+    'command = "quantize"': ('command = "quantise"', "command 'quantise'", "did you mean 'quantize'?"),
+    "group_size = 128": ("group_siz = 128", "unknown key 'group_siz' in [steps.quantize] of r.toml", "'group_size'"),
+    'tasks = "perplexity"': ('tasks = "perplexity"\nspeed = 3', "unknown key 'speed'", "did you mean"),
+    'from = "quantize"\nagainst': ('from = "image"\nagainst', "from 'image' of [steps.eval]", "one of model, quantize"),
+    "ask_tokens = 5": ("ask_tokens = 0", "ask_tokens", ""),
+    "[steps.image]": ("[steps.model]", "a step cannot be called 'model'", ""),
+    "{ group_size = 64 }": ("{ groups = 64 }", "unknown key 'groups' in ladder", "'group_size'"),
+    'output = "out"\nladder': ('output = "out"\nladders', "unknown key 'ladders' in [run]", "'ladder'"),
+    "[run]": ("[runs]", "unknown key 'runs' in r.toml", "'run'"),
+    'gate = "ratio<=1.05"': ("", "climbed when a gate fails", "gate ="),
+    "ask = ": ("port = 1\ndetach = true\nask = ", "'detach' in [steps.serve]", "leave it out"),
+    'command = "compile-vcu128"\nfrom = "quantize"': (
+        'command = "compile-vcu128"',
+        "does not say what it works on",
+        "add from",
+    ),
+    "[steps.quantize]": ("[[steps.quantize]]", "must be a table", ""),
+    'model = "model"': ("model = 3", "model in [run]", ""),
+    "RECIPE": ("= nonsense", "is not TOML", "--show-recipe"),
+}
+
+
+@pytest.mark.parametrize("old", WRONG)
+def test_a_recipe_that_cannot_be_run_is_refused_before_anything_runs(run: Run, old: str) -> None:
+    new, said, hint = WRONG[old]
+    if old == "RECIPE":
+        (run.directory / "r.toml").write_text(new)
+    else:
+        run.edit(old, new)
+    result = run()
+    document = json.loads(result.stdout)
+    assert result.exit_code == 3, document
+    assert said in document["message"], document["message"]
+    assert hint in (document["hint"] or "")
+    assert run.calls() == [] and not run.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("group_size = 128", "group_size = 100"), ("{ group_size = 64 }", "{ group_size = 100 }")]
+)
+def test_a_value_that_cannot_be_used_names_the_step(run: Run, old: str, new: str) -> None:
+    run.edit(old, new)
+    result = run()
+    assert result.exit_code == 3
+    assert "group_size 100 (given by [steps.quantize] of r.toml)" in json.loads(result.stdout)["message"]
+    assert run.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("missing.toml",), 3, "cannot read the recipe missing.toml"),
+        (("demo",), 2, "'demo' is no recipe"),
+        (("demo", "--preset", "smok", "-o", "x"), 3, "smoke"),
+        (("demo", "--preset", "smoke"), 2, "run needs --output"),
+        (("r.toml", "-o", "model"), 4, "was not written by edgetool run"),
+        (("r.toml", "-o", "r.toml"), 4, "was not written by edgetool run"),
+    ],
+)
+def test_what_cannot_be_run_says_what_to_type(run: Run, arguments: tuple[str, ...], code: int, said: str) -> None:
+    result = run(*arguments)
+    document = json.loads(result.stdout)
+    assert (result.exit_code, run.calls()) == (code, [])
+    assert said in document["message"] and document["hint"]
+    assert sorted(path.name for path in (run.directory / "model").iterdir()) == ["weights"]
+
+
+def test_without_a_recipe_help_is_near(run: Run) -> None:
+    from edgetool.cli import app
+
+    result = CliRunner().invoke(app, ["run"])
+    assert result.exit_code == 2
+    assert "edgetool run demo --preset smoke -o runs/smoke" in result.stderr
+
+
+def test_serve_needs_a_step_that_serves(run: Run) -> None:
+    recipe = RECIPE[: RECIPE.index("[steps.serve]")]
+    (run.directory / "r.toml").write_text(recipe)
+    assert run("r.toml", "--serve").exit_code == 2
+
+
+@pytest.mark.parametrize("preset", ["gpu"])
+def test_a_preset_shown_is_a_recipe_that_runs(run: Run, preset: str) -> None:
+    from edgetool.cli import app
+
+    shown = CliRunner().invoke(app, ["run", "model", "--preset", preset, "--show-recipe"])
+    assert shown.exit_code == 0
+    (run.directory / "mine.toml").write_text(shown.stdout)
+    states = run.states("mine.toml", "--model", "model", "-o", "mine")
+    assert set(states.values()) == {"done"}
+    assert set(run.states("model", "--preset", preset, "-o", "other").values()) == {"done"}
+
+
+def test_settings_of_a_recipe_are_changed_on_the_command_line(run: Run) -> None:
+    changes = ("--set", "quantize.group_size=32", "--set", "quantize.method=awq", "--set", 'eval.gate="ratio<=1.5"')
+    document = json.loads(run("r.toml", *changes).stdout)
+    assert "--group-size 32 --method awq" in run.calls()[0]
+    assert document["recipe"].startswith("r.toml, quantize.group_size=32")
+    assert set(run.states("r.toml", *changes).values()) == {"unchanged"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("group_size=64", "cannot be read"),
+        ("quantise.bits=4", "no step 'quantise'"),
+        ("quantize.bit=4", "unknown key 'bit'"),
+        ("quantize.output=x", "set by the run itself"),
+        ("quantize.bits=five", "bits 'five'"),
+    ],
+)
+def test_a_change_that_fits_no_step_is_refused(run: Run, change: str, said: str) -> None:
+    result = run("r.toml", "--set", change)
+    assert result.exit_code == 3
+    assert said in json.loads(result.stdout)["message"]
+    assert json.loads(result.stdout)["hint"]
