@@ -18,7 +18,9 @@ from edgetool.errors import BadInput
 
 RUNNER = (
     "import os,sys\nfrom edgetool import foreground\n"
-    "sys.exit(foreground.run(sys.argv[1:], env=os.environ, started=lambda pid: print(pid, flush=True)))\n"
+    # one write: the command writes to the same pipe
+    "said = lambda pid: os.write(1, b'%d\\n' % pid)\n"
+    "sys.exit(foreground.run(sys.argv[1:], env=os.environ, started=said))\n"
 )
 SHOUT = "trap 'echo got {name}; exit 9' {name}; echo ready; while :; do sleep 0.05; done"
 
