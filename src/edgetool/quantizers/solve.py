@@ -26,6 +26,7 @@ class Solved:
     trivial: group_of is i // group_size.
     method: what was really done ("gptq", "rtn"); damp: the damping that worked (0 for rtn).
     relative_error: sqrt(tr(D gram D^T) / tr(W gram W^T)) with D the change of the weight: the error of the outputs.
+        Without calibration the inputs count as uncorrelated and of equal size: the error of the weights.
     """
 
     codes: Tensor
@@ -55,6 +56,12 @@ def relative_error(weight_t: Tensor, quantized_t: Tensor, gram: Tensor) -> float
     return (max(error, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
 
+def weight_error(weight_t: Tensor, quantized_t: Tensor) -> float:
+    """As `relative_error`, for inputs of which nothing is known."""
+    size = float(weight_t.norm())
+    return float((quantized_t - weight_t).norm()) / size if size > 0 else 0.0
+
+
 def solve_rtn(weight: Tensor, recipe: Recipe, statistics: InputStatistics | None = None) -> Solved:
     """Round to nearest on the best grid; with statistics, the grid search weighs channels by their activity."""
     weight_t = weight.t().contiguous()
@@ -62,9 +69,11 @@ def solve_rtn(weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
     grid = static_grid(weight_t, recipe, None if statistics is None else statistics.gram.diagonal())
     group_of = trivial_groups(channels, recipe, weight.device)
     codes = quantize_to_codes(weight_t, grid.scales[group_of], grid.zeros[group_of], grid.max_code).to(torch.uint8)
-    error = 0.0
+    rounded_t = dequantize_t(codes, grid, group_of)
     if statistics is not None:
-        error = relative_error(weight_t, dequantize_t(codes, grid, group_of), statistics.gram)
+        error = relative_error(weight_t, rounded_t, statistics.gram)
+    else:
+        error = weight_error(weight_t, rounded_t)
     return Solved(codes, grid, group_of, True, "rtn", 0.0, error)
 
 

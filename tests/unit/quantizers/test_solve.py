@@ -114,6 +114,15 @@ def test_the_reported_error_is_that_of_the_outputs():
     assert relative_error(torch.zeros(96, 8), weight.T, statistics.gram) == 0.0
 
 
+def test_without_calibration_rounding_says_the_error_of_the_weights() -> None:
+    weight, _, _ = problem()
+    solved = solve_rtn(weight, RECIPE)
+    change = solved.dequantized_t().T.numpy() - weight.numpy()
+    assert 0.05 < solved.relative_error < 0.2  # 4 bits of a normal distribution
+    assert solved.relative_error == pytest.approx(np.linalg.norm(change) / np.linalg.norm(weight.numpy()), rel=1e-5)
+    assert solve_rtn(torch.zeros(8, 96), RECIPE).relative_error == 0.0
+
+
 def test_rounding_to_nearest_takes_the_nearest_value_of_the_grid():
     weight, _, _ = problem()
     solved = solve_rtn(weight, RECIPE)
