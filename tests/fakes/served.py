@@ -42,6 +42,7 @@ class Served:
             **kept,
             "XDG_STATE_HOME": str(directory / "state"),
             "EDGETOOL_LOCK_DIR": str(directory / "locks"),
+            "EDGETOOL_SCHEDULER_PORT_RANGE": _port_range(),
             "OMP_NUM_THREADS": "1",
             MARK: self.mark,
             **({"EDGETOOL_API_KEY": key} if key else {}),
@@ -131,15 +132,29 @@ class Served:
             process.kill()
 
 
-def is_free(port: int) -> bool:
-    """Whether the port can be bound at this moment, by a server that lets connections linger as servers do."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def _port_range() -> str:
+    """Ports of this worker of the tests: each server has leases of its own, so nothing else keeps two tests apart."""
+    number = int("".join(filter(str.isdigit, os.environ.get("PYTEST_XDIST_WORKER", "0"))))
+    first = 20_000 + number % 6 * 2_000
+    return f"{first}-{first + 1_999}"
+
+
+def is_free(port: int, limit_s: float = 5.0) -> bool:
+    """Whether the port can be bound, by a server that lets connections linger as servers do.
+
+    Schedulers of other tests try ports too, for a moment each.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                return True
+            except OSError:
+                if time.monotonic() > deadline:
+                    return False
+        time.sleep(0.05)
 
 
 def leases(served: Served) -> list[dict[str, Any]]:
