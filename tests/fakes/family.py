@@ -28,8 +28,8 @@ SLEEP = ["sleep", "600"]
 def sleep_on(ignore: bool) -> NoReturn:
     if ignore:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    while True:
-        time.sleep(600)
+    time.sleep(600)
+    os._exit(0)
 
 
 def fork_sleeper(ignore: bool, *, session: bool = False, orphan: bool = False, empty: bool = False) -> None:
@@ -50,10 +50,12 @@ def fork_sleeper(ignore: bool, *, session: bool = False, orphan: bool = False, e
 
 
 def forking() -> NoReturn:
-    while True:
+    last = time.monotonic() + 600  # a test run that was killed must not leave this behind for ever
+    while time.monotonic() < last:
         time.sleep(0.01)
         if os.fork():
             os._exit(0)
+    os._exit(0)
 
 
 def orderly(mark: Path) -> None:
