@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import resource
@@ -19,7 +20,7 @@ import psutil
 
 from edgetool import __version__
 from edgetool.artifacts import OutputDirectory, sha256_file
-from edgetool.errors import BadInput, ResourceUnavailable
+from edgetool.errors import BadInput, MissingDependency, ResourceUnavailable
 from edgetool.progress_lines import size
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -110,6 +111,16 @@ class FileHashes:
 def memory_peak_bytes() -> int:
     """Largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def need_packages(who: str, extra: str, *names: str) -> None:
+    """Raise MissingDependency for the first of `names` that is not installed; none is imported, which costs seconds.
+
+    who: what needs them. extra: of edgetool's own, which brings them.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependency(f"{who} needs {name}, which is not installed", f"pip install 'edgetool[{extra}]'")
 
 
 def available_memory_bytes() -> int:

@@ -30,6 +30,17 @@ Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace an 
 Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an unfinished run.")]
 DryRun = Annotated[bool | None, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N [default: auto].")
+]
+Drain = Annotated[
+    str | None,
+    typer.Option("--drain", metavar="TIME", help="Time for answers under way to end when it is stopped [default: 0]."),
+]
+Grace = Annotated[
+    str | None, typer.Option("--grace", metavar="TIME", help="Time after that until it is killed [default: 10].")
+]
+
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML or YAML file with a table per command.")
 ]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgetool.commands import _options as o
 from edgetool.commands._run import run
-
-if TYPE_CHECKING:
-    pass
 
 Option = typer.Option
 
@@ -68,9 +65,7 @@ def eval(
     dtype: Annotated[
         str | None, Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32 [default: auto].")
     ] = None,
-    device: Annotated[
-        str | None, Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N [default: auto].")
-    ] = None,
+    device: o.Device = None,
     threads: o.Threads = None,
     concurrency: Annotated[
         int | None, Option("--concurrency", metavar="N", help="Requests at an endpoint at once [default: 8].")

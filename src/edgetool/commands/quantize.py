@@ -52,9 +52,7 @@ def quantize(
         bool | None, Option("--desc-act/--no-desc-act", help="Store a true activation order [default: no-desc-act].")
     ] = None,
     quantize_lm_head: Annotated[bool | None, Option("--quantize-lm-head", help="Quantise lm_head too.")] = None,
-    device: Annotated[
-        str | None, Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N [default: auto].")
-    ] = None,
+    device: o.Device = None,
     threads: o.Threads = None,
     calib: Annotated[
         str | None,

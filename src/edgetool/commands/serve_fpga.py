@@ -75,13 +75,8 @@ def serve_fpga(
     restarts: Annotated[
         int | None, Option("--restarts", metavar="N", help="Start a failed host again so often [default: 10].")
     ] = None,
-    drain_s: Annotated[
-        str | None,
-        Option("--drain", metavar="TIME", help="Time for answers under way to end when it is stopped [default: 0]."),
-    ] = None,
-    grace_s: Annotated[
-        str | None, Option("--grace", metavar="TIME", help="Time after that until it is killed [default: 10].")
-    ] = None,
+    drain_s: o.Drain = None,
+    grace_s: o.Grace = None,
     dry_run: o.DryRun = None,
 ) -> None:
     """Serve a compiled model behind an OpenAI API.
@@ -91,6 +86,7 @@ def serve_fpga(
     /health.
     """
     with run(ctx) as this:
+        from edgetool.commands._blocks import report
         from edgetool.fpga_service import service
 
         settings = this.config.serve_fpga
@@ -98,15 +94,9 @@ def serve_fpga(
             raise UsageError("serve-fpga needs --image or --host", "edgetool serve-fpga --help")
         if settings.dry_run:
             result = service.dry_run(this.config)
-            this.result(result, _facts("plan (nothing was started)", result))
+            this.result(result, report("plan (nothing was started)", result))
         else:
             service.serve(this.config, this.progress, lambda result: this.result(result, _ready_blocks(result)))
-
-
-def _facts(title: str, result: dict[str, Any]) -> list[Block]:
-    from edgetool.commands._blocks import report
-
-    return report(title, result)
 
 
 def _ready_blocks(result: dict[str, Any]) -> list[Block]:

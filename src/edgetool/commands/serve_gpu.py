@@ -90,13 +90,8 @@ def serve_gpu(
     ready_timeout_s: Annotated[
         str | None, Option("--ready-timeout", metavar="TIME", help="Time to become ready in [default: 900].")
     ] = None,
-    drain_s: Annotated[
-        str | None,
-        Option("--drain", metavar="TIME", help="Time for answers under way to end when it is stopped [default: 0]."),
-    ] = None,
-    grace_s: Annotated[
-        str | None, Option("--grace", metavar="TIME", help="Time after that until it is killed [default: 10].")
-    ] = None,
+    drain_s: o.Drain = None,
+    grace_s: o.Grace = None,
     restarts: Annotated[
         int | None, Option("--restarts", metavar="N", help="Start a failed engine again so often [default: 0].")
     ] = None,
@@ -119,6 +114,7 @@ def serve_gpu(
     """
     ctx.params["extra"] = _extra(extra)
     with run(ctx) as this:
+        from edgetool.commands._blocks import report
         from edgetool.serving import service
         from edgetool.serving.detach import serve_detached
         from edgetool.serving.registry import Registry
@@ -130,12 +126,12 @@ def serve_gpu(
             this.result(result, _list_blocks(result["servers"]))
         elif settings.stop is not None:
             result = registry.stop(settings.stop, settings.drain_s + settings.grace_s + 90)
-            this.result(result, _facts("stopped", result))
+            this.result(result, report("stopped", result))
         elif not settings.model:
             raise UsageError("serve-gpu needs MODEL", "edgetool serve-gpu --help")
         elif settings.dry_run:
             result = service.dry_run(this.config, this.progress)
-            this.result(result, _facts("plan (nothing was started)", result))
+            this.result(result, report("plan (nothing was started)", result))
         elif settings.detach:
             result = serve_detached(this.config, this.progress)
             this.result(result, _ready_blocks(result))
@@ -171,12 +167,6 @@ def _list_blocks(servers: list[dict[str, Any]]) -> list[Block]:
     from edgetool.console import Text
 
     return [grid("servers", servers)] if servers else [Text("", "no server runs")]
-
-
-def _facts(title: str, result: dict[str, Any]) -> list[Block]:
-    from edgetool.commands._blocks import report
-
-    return report(title, result)
 
 
 def _ready_blocks(result: dict[str, Any]) -> list[Block]:

@@ -26,6 +26,10 @@ def key_of(kind: str, *parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class InUse(ResourceUnavailable):
+    """Another run holds the file: it asks the same model the same."""
+
+
 class Answers:
     """Answers of one target under one set of settings, by key.
 
@@ -44,8 +48,8 @@ class Answers:
     def open(cls, path: Path, *, wait_s: float = 0) -> Self:
         """Take up the file at `path`, or begin it. A last line torn by a crash counts as not written.
 
-        Raises ResourceUnavailable where another process holds the file for longer than `wait_s`, or the disk is full,
-        and BadInput where the place may not be written.
+        Raises InUse where another process holds the file for longer than `wait_s`, ResourceUnavailable where the disk
+        is full, and BadInput where the place may not be written.
         """
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def _locked(path: Path, until: float) -> int:
         except BlockingIOError:
             os.close(descriptor)
             if time.monotonic() >= until:
-                raise ResourceUnavailable(
+                raise InUse(
                     f"another evaluation of the same model with the same settings is running; it holds {path}",
                     "wait until it has ended: what it has answered will then be taken from there",
                 ) from None

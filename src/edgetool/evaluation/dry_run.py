@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import Config
 from edgetool.errors import ResourceUnavailable
 from edgetool.evaluation.endpoint import connect
-from edgetool.evaluation.plan import check_usage
+from edgetool.evaluation.plan import check_usage, dtype_on, opened
 from edgetool.evaluation.questions import find_questions
 from edgetool.evaluation.targets import need_template, needed_bytes
-from edgetool.models.devices import fast_dtype, resolve_device
+from edgetool.models.devices import resolve_device
 from edgetool.progress import Progress
 from edgetool.progress_lines import size
 from edgetool.runs import available_memory_bytes
@@ -64,8 +62,7 @@ def _sides(config: Config, progress: Progress) -> list[dict[str, Any]]:
 
 def _checkpoint(side: str, spec: str, config: Config, progress: Progress) -> dict[str, Any]:
     settings = config.eval
-    revision = settings.revision if spec == settings.model else None
-    checkpoint = Checkpoint.open(resolve_configured(spec, config.common, revision, progress).path)
+    _, checkpoint = opened(spec, config, progress)
     if settings.chat_template:
         need_template(checkpoint)
     found = look(checkpoint)
@@ -77,7 +74,7 @@ def _checkpoint(side: str, spec: str, config: Config, progress: Progress) -> dic
     if settings.via is not None:
         return {**facts, "via": settings.via}
     device = resolve_device(settings.device)
-    dtype = str(fast_dtype(device)).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype
+    dtype = str(dtype_on(device, settings)).removeprefix("torch.")
     needed = needed_bytes(
         checkpoint, dtype, settings.batch_size, settings.context if "perplexity" in settings.tasks else 0
     )

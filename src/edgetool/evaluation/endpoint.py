@@ -14,6 +14,7 @@ import httpx
 
 from edgetool.errors import BackendFailed, BadInput, ConfigError, ResourceUnavailable
 from edgetool.loadtest.client import base_url, find_model, open_client
+from edgetool.serving.ready import Endpoint
 
 TRIES = 4
 """How often a request is sent before it counts as failed: a server that restarts, or is busy, gets some seconds."""
@@ -24,15 +25,6 @@ _RESUME = "the answers so far are kept: start the server again, then run the sam
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI server. url: without /v1 and without a slash at the end. model: the name to ask for."""
-
-    url: str
-    key: str | None
-    model: str
 
 
 def connect(given_url: str, key: str | None, model: str | None) -> Endpoint:
@@ -83,6 +75,11 @@ class Client:
         """Let the connections go."""
         self._http.close()
 
+    @property
+    def given_up(self) -> bool:
+        """Whether the server did not answer for so long that it is not waited for any more."""
+        return self._down.is_set() or self._stopped()
+
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON object that the server answers with.
 
@@ -110,7 +107,7 @@ class Client:
     def _pause(self, seconds: float, last: str) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if self._stopped() or self._down.is_set():
+            if self.given_up:
                 raise BackendFailed(f"{self.endpoint.url} does not answer: {last}", _RESUME)
             time.sleep(min(left, 0.1))
 
@@ -209,7 +206,7 @@ def check_scores(client: Client) -> None:
     except BadInput as error:
         raise BadInput(f"{why}: {error.message}", hint) from error
     except BackendFailed as error:
-        if "does not answer" in error.message:
+        if client.given_up:
             raise ResourceUnavailable(error.message, "start the server, or give another --endpoint") from error
         raise BadInput(f"{why}: {error.message}", hint) from error
     if text not in "".join(scored.tokens):

@@ -9,11 +9,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.evaluation.loaded import LoadedModel, skeleton
+from edgetool.evaluation.loaded import LoadedModel
 from edgetool.evaluation.stock_tasks import quiet
 from edgetool.evaluation.targets import CPU_BATCH_SIZE
 from edgetool.models.devices import out_of_memory_named
 from edgetool.models.streamed import load_tokenizer
+from edgetool.models.whole import skeleton
 
 
 class LazyHFLM(HFLM):  # type: ignore[misc]

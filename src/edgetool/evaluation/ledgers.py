@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgetool.errors import ResourceUnavailable
-from edgetool.evaluation.answers import Answers
+from edgetool.evaluation.answers import Answers, InUse
 from edgetool.evaluation.plan import CACHE, Side, target_id
 from edgetool.progress import Progress
 
@@ -68,9 +68,7 @@ class Ledgers:
         while True:
             try:
                 return Answers.open(path, wait_s=_LOOK_S if said else 0)
-            except ResourceUnavailable as error:
-                if "another evaluation" not in error.message:
-                    raise
+            except InUse:
                 if not said:
                     self._progress.note(f"another run asks {side.target.title} the same; waiting for its answers")
                     said = True

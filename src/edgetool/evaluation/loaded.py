@@ -10,7 +10,7 @@ import torch
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.errors import BadInput
 from edgetool.models.devices import out_of_memory_named
-from edgetool.models.streamed import load_config, load_tokenizer
+from edgetool.models.streamed import load_tokenizer
 from edgetool.models.whole import load_whole
 from edgetool.progress import Progress
 
@@ -41,18 +41,3 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progr
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{checkpoint.directory / 'generation_config.json'}: {error}") from error
     return LoadedModel(model, tokenizer, device, dtype)
-
-
-def skeleton(checkpoint: Checkpoint) -> Any:
-    """transformers' language model for the checkpoint on the meta device. Raises BadInput where there is none."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(checkpoint)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{checkpoint.directory}: transformers has no language model for it: {reason}") from error

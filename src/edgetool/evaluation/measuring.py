@@ -90,56 +90,31 @@ class Measuring:
             self.found.scores[side.name][task.name] = self._scores(side, task)
 
     def _scores(self, side: Side, task: EvalTask, only: list[Any] | None = None) -> TaskScores:
-        if task.framework == "lm-eval":
-            from edgetool.evaluation import harness
+        settings, target = self._settings, side.target
+        how: dict[str, Any] = {
+            "limit": settings.limit,
+            "only": only,
+            "chat_template": settings.chat_template,
+            "stop": self._stop,
+            "log": self._log(side, task),
+        }
+        if task.framework == "evalplus":
+            from edgetool.evaluation import code_tasks
 
-            return harness.measure(
-                self._plan.stock[task.name],
-                side.target.language_model(),
-                self._ledgers.of(side),
-                self._progress,
-                title=side.target.title,
-                limit=self._settings.limit,
-                only=only,
-                chat_template=self._settings.chat_template,
-                system_prompt=self._settings.system_prompt,
-                stop=self._stop,
-                log=self._log(side, task),
-            )
+            assert self._plan.sandbox is not None
+            problems = self._plan.questions.code[task.name]
+            where = (target, self._plan.sandbox, self._ledgers.of(side), self._progress)
+            return code_tasks.measure(problems, *where, concurrency=settings.concurrency, **how)
+        asked = (target.language_model(), self._ledgers.of(side), self._progress)
+        how |= {"title": target.title, "system_prompt": settings.system_prompt}
         if task.kind == "rouge":
             from edgetool.evaluation import rouge
 
             assert self._plan.questions.rouge is not None
-            return rouge.measure(
-                self._plan.questions.rouge,
-                side.target.language_model(),
-                self._ledgers.of(side),
-                self._progress,
-                title=side.target.title,
-                cache_dir=self._config.common.cache_dir,
-                limit=self._settings.limit,
-                only=only,
-                chat_template=self._settings.chat_template,
-                system_prompt=self._settings.system_prompt,
-                stop=self._stop,
-                log=self._log(side, task),
-            )
-        from edgetool.evaluation import code_tasks
+            return rouge.measure(self._plan.questions.rouge, *asked, cache_dir=self._config.common.cache_dir, **how)
+        from edgetool.evaluation import harness
 
-        assert self._plan.sandbox is not None
-        return code_tasks.measure(
-            self._plan.questions.code[task.name],
-            side.target,
-            self._plan.sandbox,
-            self._ledgers.of(side),
-            self._progress,
-            limit=self._settings.limit,
-            only=only,
-            chat_template=self._settings.chat_template,
-            concurrency=self._settings.concurrency,
-            stop=self._stop,
-            log=self._log(side, task),
-        )
+        return harness.measure(self._plan.stock[task.name], *asked, **how)
 
     def _log(self, side: Side, task: EvalTask) -> Path | None:
         if not self._settings.log_samples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.sources import ResolvedSource, resolve_configured
 from edgetool.config import Config, EvalConfig
-from edgetool.errors import BadInput, ConfigError, MissingDependency, UsageError
+from edgetool.errors import BadInput, ConfigError, UsageError
 from edgetool.evaluation import served
 from edgetool.evaluation.code_tasks import open_code_sandbox
 from edgetool.evaluation.endpoint import connect
@@ -25,9 +24,12 @@ from edgetool.evaluation.sandbox import Sandbox
 from edgetool.evaluation.targets import Asking, InProcess, Remote, Target, need_template
 from edgetool.evaluation.tasks import EvalTask, find_tasks
 from edgetool.progress import Progress
+from edgetool.runs import need_packages
 from edgetool.serving.secrets import given_key
 
 if TYPE_CHECKING:
+    import torch
+
     from edgetool.evaluation.stock_tasks import StockTask
 
 ORIGINAL, QUANTIZED = "original", "quantized"
@@ -108,9 +110,7 @@ def _need_packages(tasks: tuple[EvalTask, ...]) -> None:
     own = {"rouge": ("rouge_score", "jieba")}
     names = ["torch", "transformers", "lm_eval"]  # lm-eval has the models that all tasks ask
     names += [name for task in tasks for name in (*by_framework[task.framework], *own.get(task.kind, ()))]
-    for name in names:  # found, not imported: that would cost seconds
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"eval needs {name}, which is not installed", "pip install 'edgetool[eval]'")
+    need_packages("eval", "eval", *names)
 
 
 def _sides(
@@ -132,7 +132,8 @@ def _sides(
     return tuple(sides)
 
 
-def _opened(spec: str, config: Config, progress: Progress) -> tuple[ResolvedSource, Checkpoint]:
+def opened(spec: str, config: Config, progress: Progress) -> tuple[ResolvedSource, Checkpoint]:
+    """A model that was named, found and opened; --revision is MODEL's."""
     revision = config.eval.revision if spec == config.eval.model else None
     source = resolve_configured(spec, config.common, revision, progress)
     return source, Checkpoint.open(source.path)
@@ -144,15 +145,22 @@ def _asking(settings: EvalConfig) -> Asking:
     )
 
 
-def _in_process(name: str, spec: str, config: Config, _: Any, stopped: Callable[[], bool], progress: Progress) -> Side:
+def dtype_on(device: torch.device, settings: EvalConfig) -> torch.dtype:
+    """In what a checkpoint is computed on `device`."""
     import torch
 
-    from edgetool.models.devices import fast_dtype, resolve_device
+    from edgetool.models.devices import fast_dtype
+
+    return fast_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+
+
+def _in_process(name: str, spec: str, config: Config, _: Any, stopped: Callable[[], bool], progress: Progress) -> Side:
+    from edgetool.models.devices import resolve_device
 
     settings = config.eval
-    source, checkpoint = _opened(spec, config, progress)
+    source, checkpoint = opened(spec, config, progress)
     device = resolve_device(settings.device)
-    dtype = fast_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = dtype_on(device, settings)
     content = identity_of(checkpoint, config.common.cache_dir / CACHE, progress)
     target = InProcess(_title(spec, config.eval), checkpoint, content, _asking(settings), device, dtype, progress)
     return Side(name, target, source)
@@ -162,7 +170,7 @@ def _served(
     name: str, spec: str, config: Config, tasks: tuple[EvalTask, ...], stopped: Callable[[], bool], progress: Progress
 ) -> Side:
     settings = config.eval
-    source, checkpoint = _opened(spec, config, progress)
+    source, checkpoint = opened(spec, config, progress)
     length = served.length_tokens(checkpoint, settings.max_length)
     server = served.settings_for(config, spec, length)
     engine = server.serve_gpu
@@ -191,7 +199,7 @@ def _served(
 def _endpoint(config: Config, tasks: tuple[EvalTask, ...], stopped: Callable[[], bool], progress: Progress) -> Side:
     settings = config.eval
     assert settings.endpoint is not None
-    source, tokenizer = (None, None) if settings.model is None else _opened(settings.model, config, progress)
+    source, tokenizer = (None, None) if settings.model is None else opened(settings.model, config, progress)
     endpoint = connect(settings.endpoint, given_key(config, progress), settings.endpoint_model)
     identity = {"endpoint": endpoint.url, "model": endpoint.model}
 

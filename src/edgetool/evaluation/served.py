@@ -8,10 +8,10 @@ from typing import Any
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.config import Config
-from edgetool.evaluation.endpoint import Endpoint
 from edgetool.progress import Progress
 from edgetool.serving import service
 from edgetool.serving.memory import sizes
+from edgetool.serving.ready import Endpoint
 
 LONGEST_TOKENS = 4096
 """Context of the server where nothing is asked: the longest questions have half of it, and a cache takes memory."""
@@ -52,6 +52,6 @@ def starter(config: Config, progress: Progress) -> Callable[[contextlib.ExitStac
         ready = held.enter_context(service.started(config, progress))
         server = ready.servers[0]
         progress.note(f"{server.url} serves it (log: {ready.documents[0]['log']})")
-        return Endpoint(server.url, ready.key.text, server.plan.served_model_name)
+        return server.endpoint
 
     return start

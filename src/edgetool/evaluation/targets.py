@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.inspect import has_chat_template
 from edgetool.errors import BadInput, ResourceUnavailable
-from edgetool.evaluation.endpoint import Client, Endpoint, check_scores
+from edgetool.evaluation.endpoint import Client, check_scores
 from edgetool.progress import Progress
 from edgetool.progress_lines import size
 from edgetool.runs import available_memory_bytes
 from edgetool.serving.legality import look
 from edgetool.serving.memory import DTYPE_BYTES, sizes, text_config
+from edgetool.serving.ready import Endpoint
 
 if TYPE_CHECKING:
     import torch

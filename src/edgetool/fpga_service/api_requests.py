@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgetool.serving.openai_api import DEFAULT_COMPLETION_TOKENS, StreamOptions
+from edgetool.serving.openai_api import DEFAULT_COMPLETION_TOKENS, StreamOptions, prompts_of
 
 MOST_PROMPTS = 128
 MOST_STOPS = 32
@@ -186,10 +186,7 @@ class CompletionRequest(Common):
 
     def prompts(self) -> list[str | list[int]]:
         """One prompt for each choice."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+        return prompts_of(self.prompt)
 
 
 def _plain(position: int, message: Message) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +17,13 @@ from edgetool.fpga_service.device import GenerateOptions
 from edgetool.fpga_service.exchange import Ask, Conversation, Exchange, Piece, Wish
 from edgetool.fpga_service.observing import CLIENT_GONE, NOTES, Notes
 from edgetool.serving.auth import KEY_NAME, Receive, Scope, Send
-from edgetool.serving.openai_api import Shapes
+from edgetool.serving.openai_api import DONE, Shapes, stream_event
 from edgetool.serving.prediction import Prediction
 
 if TYPE_CHECKING:
     from edgetool.fpga_service.gateway import Gateway
 
 Logprobs = Callable[[Sequence[Likely]], dict[str, Any]]
-_DONE = b"data: [DONE]\n\n"
 _LAST_WORD_S = 1.0
 """For the event that says that the time is over."""
 
@@ -199,7 +197,7 @@ async def _events(
             return None
         begun.add(piece.index)
         likely = None if logprobs is None or not piece.likely else logprobs(piece.likely)
-        return _line(shapes.chunk(piece.index, piece.text, piece.finish, first=new, logprobs=likely))
+        return stream_event(shapes.chunk(piece.index, piece.text, piece.finish, first=new, logprobs=likely))
 
     try:
         if first is not None and (line := event(first)):
@@ -208,15 +206,11 @@ async def _events(
             if line := event(piece):
                 yield line
         if with_usage:
-            yield _line({**shapes.usage_chunk({}), "usage": exchange.usage()})
+            yield stream_event({**shapes.usage_chunk({}), "usage": exchange.usage()})
     except Refusal as refusal:
         notes.error = refusal.code or refusal.kind
-        yield _line(refusal.body())
-    yield _DONE
-
-
-def _line(document: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(document)}\n\n".encode()
+        yield stream_event(refusal.body())
+    yield DONE
 
 
 async def close(pieces: AsyncIterator[Any]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetool.config import Config
 from edgetool.config_board import FpgaHostConfig
-from edgetool.errors import BadInput, ConfigError, EdgetoolError, MissingDependency
+from edgetool.errors import BadInput, ConfigError, EdgetoolError
 from edgetool.fpga.image import Image
 from edgetool.fpga_service.host import Host, Protocol
 from edgetool.fpga_service.jobs import HostJob
@@ -28,6 +27,7 @@ from edgetool.fpga_service.preparing import board_of, requests
 from edgetool.fpga_service.protocol_b import LARGEST_U16_VOCABULARY
 from edgetool.fpga_service.work import Worker
 from edgetool.progress import Progress
+from edgetool.runs import need_packages
 from edgetool.scheduler import Lease, Request, from_config
 from edgetool.serving.starting import is_loopback, lease_and_bind
 
@@ -119,9 +119,7 @@ def run(
 def _check(settings: FpgaHostConfig) -> None:
     if settings.protocol == "both" and settings.port == settings.port_b != 0:
         raise ConfigError(f"port and port_b are both {settings.port}", "protocols A and B need a port each")
-    for name in ("torch", "tokenizers", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"fpga-host needs {name}, which is not installed", "pip install 'edgetool[fpga]'")
+    need_packages("fpga-host", "fpga", "torch", "tokenizers", "transformers")
 
 
 def _lease(config: Config, image: Image, held: contextlib.ExitStack, progress: Progress) -> tuple[Lease, Listening]:

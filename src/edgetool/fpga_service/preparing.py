@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgetool.config import Config, FpgaHostConfig, ServeFpgaConfig
-from edgetool.errors import ConfigError, MissingDependency
+from edgetool.errors import ConfigError
 from edgetool.fpga_service.keys import read_keys
 from edgetool.inventory import Inventory
 from edgetool.progress import Progress
+from edgetool.runs import need_packages
 from edgetool.scheduler import Request
 from edgetool.serving.secrets import Key, choose_key
 from edgetool.serving.starting import is_loopback
@@ -26,21 +26,14 @@ _SPARE_BYTES = 1 << 30
 
 def need_extra(settings: ServeFpgaConfig) -> None:
     """Raise MissingDependency where a package is missing; none is imported, which would cost seconds."""
-    need("serve-fpga", "fastapi", "uvicorn", "prometheus_client")
+    need_packages("serve-fpga", "fpga", "fastapi", "uvicorn", "prometheus_client")
     if settings.image is not None or settings.tokenizer is not None:
         need_simulator("serve-fpga")
 
 
 def need_simulator(command: str) -> None:
     """Raise MissingDependency where `command` could not run the simulator."""
-    need(command, "torch", "transformers")
-
-
-def need(command: str, *packages: str) -> None:
-    """Raise MissingDependency for the first of `packages` that is not installed."""
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"{command} needs {name}, which is not installed", "pip install 'edgetool[fpga]'")
+    need_packages(command, "fpga", "torch", "transformers")
 
 
 def checked_image(settings: ServeFpgaConfig) -> Image | None:

@@ -22,21 +22,13 @@ def load_whole(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype,
     Raises BadInput for an architecture that transformers has no language model for, and where the tensors are not those
     that the model wants.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = load_config(checkpoint)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights will be plain
+    config = _plain_config(checkpoint)
     config.dtype = dtype
-    try:
-        with torch.device("meta"):
-            model_class = type(AutoModelForCausalLM.from_config(config))
-    except (ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{checkpoint.directory}: transformers has no language model for it: {reason}") from error
+    model_class = type(_on_meta(checkpoint, config))
     weights = _weights(checkpoint, device, dtype, progress)
     try:
         model, info = model_class.from_pretrained(  # it takes the tensors as they are, without copying
@@ -50,6 +42,29 @@ def load_whole(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype,
     if wrong:
         raise BadInput(f"{checkpoint.directory}: its tensors are not those of {model_class.__name__}: {wrong[0]}")
     return model.to(device).eval().requires_grad_(False)
+
+
+def skeleton(checkpoint: Checkpoint) -> Any:
+    """transformers' language model for the checkpoint on the meta device. Raises BadInput where there is none."""
+    return _on_meta(checkpoint, _plain_config(checkpoint))
+
+
+def _plain_config(checkpoint: Checkpoint) -> Any:
+    config = load_config(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights will be plain
+    return config
+
+
+def _on_meta(checkpoint: Checkpoint, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{checkpoint.directory}: transformers has no language model for it: {reason}") from error
 
 
 def _weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from edgetool.peers.check import plain, weight_error
 from edgetool.peers.job import quantize_by
 from edgetool.peers.table import PEERS, check
 from edgetool.progress import Progress
-from edgetool.quantizers.demo import CONTEXT, EVALUATION_TOKENS, evaluation_text
+from edgetool.quantizers.demo import held_out_perplexity, what_is_measured
 
 
 def run_compare(config: Config, progress: Progress) -> dict[str, Any]:
@@ -48,18 +48,18 @@ def run_compare(config: Config, progress: Progress) -> dict[str, Any]:
         return {"plan": {"model": settings.model, "output": str(settings.output), "backends": rows}}
     source = resolve_configured(settings.model, config.common, settings.revision, progress)
     checkpoint = Checkpoint.open(source.path)
-    original = perplexity(checkpoint, "original", settings, progress)
+    original = _perplexity(checkpoint, "original", settings, progress)
     for row in rows:
         if "failed" not in row:
             made = Checkpoint.open(Path(row["output"]))
-            measured = perplexity(made, row["backend"], settings, progress)
+            measured = _perplexity(made, row["backend"], settings, progress)
             apart = None if settings.method == "awq" else mean_weight_error(made, checkpoint)
             row |= {"weight_error": apart, "perplexity": measured, "perplexity_ratio": measured / original}
     return {
         "model": settings.model,
         "output": str(settings.output),
         "original_perplexity": original,
-        "perplexity_text": f"{EVALUATION_TOKENS} tokens of held-out prose, context {CONTEXT}",
+        "perplexity_text": what_is_measured(),
         "comparison": rows,
         "warnings": [f"{row['backend']}: {row['failed']}" for row in rows if "failed" in row],
     }
@@ -106,13 +106,10 @@ def mean_weight_error(made: Checkpoint, original: Checkpoint) -> float:
     return sum(errors) / len(errors)
 
 
-def perplexity(checkpoint: Checkpoint, name: str, settings: QuantizeConfig, progress: Progress) -> float:
-    """Perplexity of held-out prose, by edgetool's own forward pass whatever made the checkpoint."""
-    from edgetool.models import perplexity as p
+def _perplexity(checkpoint: Checkpoint, name: str, settings: QuantizeConfig, progress: Progress) -> float:
     from edgetool.models.devices import fast_dtype, resolve_device
     from edgetool.models.streamed import StreamedModel, load_tokenizer
 
     device = resolve_device(settings.device)
     model = StreamedModel(checkpoint, device, fast_dtype(device))
-    ids = load_tokenizer(checkpoint)(evaluation_text(), verbose=False)["input_ids"]
-    return p.measure(model, p.windows(ids, CONTEXT, EVALUATION_TOKENS), progress, f"perplexity, {name}").perplexity
+    return held_out_perplexity(model, load_tokenizer(checkpoint), name, progress)

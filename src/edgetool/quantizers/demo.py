@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import CommonConfig, DemoConfig, QuantizeConfig
 from edgetool.progress import Progress
 from edgetool.quantizers.job import run_quantize
+
+if TYPE_CHECKING:
+    from edgetool.models.streamed import StreamedModel
 
 QUESTION = "Why is the sky blue? Answer in one sentence."
 ANSWER_TOKENS = 48
@@ -20,6 +23,20 @@ EVALUATION_TOKENS = 8192
 def evaluation_text() -> str:
     """English prose that no calibration text of edgetool contains (public domain; see data/README.md)."""
     return files("edgetool.data").joinpath("held_out.txt").read_text(encoding="utf-8")
+
+
+def what_is_measured() -> str:
+    """On what `held_out_perplexity` is measured, in words."""
+    return f"{EVALUATION_TOKENS} tokens of held-out prose, context {CONTEXT}"
+
+
+def held_out_perplexity(model: StreamedModel, tokenizer: Any, name: str, progress: Progress) -> float:
+    """Perplexity of the held-out prose, by edgetool's own forward pass whatever made the checkpoint."""
+    from edgetool.models import perplexity
+
+    ids = tokenizer(evaluation_text(), verbose=False)["input_ids"]
+    windows = perplexity.windows(ids, CONTEXT, EVALUATION_TOKENS)
+    return perplexity.measure(model, windows, progress, f"perplexity, {name}").perplexity
 
 
 def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
@@ -45,7 +62,7 @@ def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> di
         "comparison": [original, result],
         "perplexity_ratio": result["perplexity"] / original["perplexity"],
         "size_ratio": result["weights_bytes"] / original["weights_bytes"],
-        "perplexity_text": f"{EVALUATION_TOKENS} tokens of held-out prose, context {CONTEXT}",
+        "perplexity_text": what_is_measured(),
         "question": QUESTION,
         "answers": [{"model": m["model"], "answer": m.pop("answer")} for m in (original, result)],
         "quantize_seconds": quantized["seconds"],
@@ -56,7 +73,7 @@ def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> di
 def _measure(checkpoint: Checkpoint, name: str, threads: int | None, progress: Progress) -> dict[str, Any]:
     import torch
 
-    from edgetool.models import generation, perplexity
+    from edgetool.models import generation
     from edgetool.models.devices import fast_dtype
     from edgetool.models.streamed import StreamedModel, load_tokenizer
 
@@ -65,16 +82,13 @@ def _measure(checkpoint: Checkpoint, name: str, threads: int | None, progress: P
     device = torch.device("cpu")
     model = StreamedModel(checkpoint, device, fast_dtype(device))
     tokenizer = load_tokenizer(checkpoint)
-    ids = tokenizer(evaluation_text(), verbose=False)["input_ids"]
-    measured = perplexity.measure(
-        model, perplexity.windows(ids, CONTEXT, EVALUATION_TOKENS), progress, f"perplexity, {name}"
-    )
+    measured = held_out_perplexity(model, tokenizer, name, progress)
     prompt = generation.chat_prompt(tokenizer, QUESTION)
     progress.note(f"asking the {name} model")
     tokens = generation.generate(model, prompt, ANSWER_TOKENS, stop=tokenizer.eos_token_id)[0].tolist()
     return {
         "model": name,
         "weights_bytes": sum(path.stat().st_size for path in checkpoint.weight_files),
-        "perplexity": measured.perplexity,
+        "perplexity": measured,
         "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
     }

@@ -6,6 +6,7 @@ cannot do (several choices, log-probabilities, tools) is refused instead of igno
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions when it is not given, as in OpenAI's reference."""
+
+
+DONE = b"data: [DONE]\n\n"
+"""Ends a stream of events."""
 
 
 class StreamOptions(BaseModel):
@@ -59,10 +64,7 @@ class CompletionRequest(Common):
     max_tokens: int | None = Field(None, ge=1)
 
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+        return prompts_of(self.prompt)
 
 
 class ChatRequest(Common):
@@ -75,6 +77,19 @@ class ChatRequest(Common):
 
     def unsupported(self) -> str | None:
         return "tools are not supported" if self.tools else super().unsupported()
+
+
+def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt, text or token ids, for each choice."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [item for item in prompt if isinstance(item, int)]
+    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
+
+
+def stream_event(document: dict[str, Any]) -> bytes:
+    """A document as one of a stream's events; DONE is the last."""
+    return f"data: {json.dumps(document)}\n\n".encode()
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from edgetool.config import Config
 from edgetool.errors import BackendFailed, ConfigError, MissingDependency, ResourceUnavailable
 from edgetool.process import Restarts, describe
 from edgetool.progress import Progress
+from edgetool.runs import need_packages
 from edgetool.scheduler import from_config
 from edgetool.serving import shared_memory, vllm_engine
 from edgetool.serving.plan import Plan, make_plan
@@ -220,21 +221,12 @@ def _environment_name(config: Config, device: str) -> str:
 
 def _interpreters(config: Config, device: str, held: contextlib.ExitStack) -> Interpreters:
     if config.serve_gpu.engine == "transformers":
-        _need_serve_extra(with_torch=True)
+        need_packages("serving", "serve", "fastapi", "uvicorn", "torch", "transformers")
         return Interpreters(Path())
     if config.serve_gpu.front:
-        _need_serve_extra(with_torch=False)
+        need_packages("serving", "serve", "fastapi", "uvicorn")
     interpreter = held.enter_context(environments.use(_environment_name(config, device), config.envs))
     return Interpreters(interpreter.python, interpreter.fds)
-
-
-def _need_serve_extra(*, with_torch: bool) -> None:
-    """Raise MissingDependency where a package is missing; none is imported, which would cost seconds."""
-    import importlib.util
-
-    for name in ("fastapi", "uvicorn", *(("torch", "transformers") if with_torch else ())):
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"serving needs {name}, which is not installed", "pip install 'edgetool[serve]'")
 
 
 def _check_ray(config: Config, interpreters: Interpreters, progress: Progress) -> None:

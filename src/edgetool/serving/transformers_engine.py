@@ -25,11 +25,13 @@ from edgetool.serving.decode import Decoder, Piece, Sampling
 from edgetool.serving.jobs import EngineJob
 from edgetool.serving.openai_api import (
     DEFAULT_COMPLETION_TOKENS,
+    DONE,
     ChatRequest,
     Common,
     CompletionRequest,
     Shapes,
     error,
+    stream_event,
     usage,
 )
 
@@ -205,17 +207,13 @@ async def _events(engine: Engine, shapes: Shapes, works: list[Work], with_usage:
             async for piece in engine.pieces(work):
                 made += piece.tokens
                 if piece.text or piece.finish or first:
-                    yield _event(shapes.chunk(index, piece.text, piece.finish, first=first))
+                    yield stream_event(shapes.chunk(index, piece.text, piece.finish, first=first))
                     first = False
         if with_usage:
-            yield _event(shapes.usage_chunk(usage(sum(len(work.prompt) for work in works), made)))
+            yield stream_event(shapes.usage_chunk(usage(sum(len(work.prompt) for work in works), made)))
     except Exception as failure:
-        yield _event(error(f"generation failed: {type(failure).__name__}: {failure}", 500, "server_error"))
-    yield b"data: [DONE]\n\n"
-
-
-def _event(document: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(document)}\n\n".encode()
+        yield stream_event(error(f"generation failed: {type(failure).__name__}: {failure}", 500, "server_error"))
+    yield DONE
 
 
 def _plain(content: Any) -> Any:

@@ -13,8 +13,8 @@ from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.evaluation import identity, plan, targets
 from edgetool.evaluation.identity import identity_of
-from edgetool.evaluation.loaded import skeleton
 from edgetool.evaluation.targets import Asking, InProcess
+from edgetool.models.whole import skeleton
 from edgetool.progress import NullProgress
 from tests.fakes.quantized_models import make_quantized
 from tests.fakes.tiny_models import make_tiny_model

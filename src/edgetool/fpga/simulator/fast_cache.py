@@ -5,29 +5,14 @@ On the CPU the cache is the image's own, byte for byte (kv_cache.py). A device r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgetool.fpga.simulator.kv_cache import KvGeometry
+from edgetool.fpga.simulator.kv_cache import KvGeometry, KvSnapshot
 from edgetool.fpga.simulator.traffic import KV, PORTS, Traffic
-
-
-@dataclass(frozen=True)
-class DeviceSnapshot:
-    """Some first tokens' part of the cache."""
-
-    data: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return int(self.data.shape[-1])
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.data.nbytes)
 
 
 class DeviceKvCache:
@@ -61,8 +46,9 @@ class DeviceKvCache:
         traffic.read(KV, 2 * self._bytes_per_token * tokens)
         return self._data[layer, :, :, :, :tokens].float()
 
-    def snapshot(self, tokens: int) -> DeviceSnapshot:
-        return DeviceSnapshot(self._data[..., :tokens].clone())
+    def snapshot(self, tokens: int) -> KvSnapshot:
+        return KvSnapshot(self._data[..., :tokens].clone())
 
-    def restore(self, snapshot: DeviceSnapshot, tokens: int) -> None:
-        self._data[..., :tokens] = snapshot.data[..., :tokens]
+    def restore(self, snapshot: KvSnapshot, tokens: int) -> None:
+        kept = cast(Tensor, snapshot.data)
+        self._data[..., :tokens] = kept[..., :tokens]

@@ -37,9 +37,12 @@ class KvGeometry:
 
 @dataclass(frozen=True)
 class KvSnapshot:
-    """float16 [32, layers, 2, channels / 32, tokens]: the cache's bytes of some first tokens."""
+    """What a cache holds of some first tokens, float16, tokens last: here [32, layers, 2, channels / 32, tokens].
 
-    data: Array
+    A device's cache (fast_cache.py) has its own order, in its own memory.
+    """
+
+    data: Array | Tensor
 
     @property
     def tokens(self) -> int:
