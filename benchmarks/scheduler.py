@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.errors import ResourceUnavailable
-from edgetool.inventory import read_recorded
-from edgetool.scheduler import Request, Scheduler
+from edgetool.scheduler.inventory import read_recorded
+from edgetool.scheduler.leasing import Request, Scheduler
 
 RECORDED = Path(__file__).parent.parent / "tests" / "fakes" / "nvml_eight_gpus.json"
 GIB = 2**30

@@ -19,7 +19,7 @@ COMMAND_LINE = "the command line"
 
 _YES = {"1", "true", "yes", "on", "y", "t"}
 # The first is where `eval` and the tests find data; edgetool sets the others for the processes that it starts
-# (scheduler.py, leases.py, process_tree.py).
+# (the scheduler and process packages).
 _FOREIGN = {"EDGETOOL_DATA_DIR", "EDGETOOL_LEASE", "EDGETOOL_LEASE_FDS", "EDGETOOL_PORTS", "EDGETOOL_TREE"}
 
 Keys = Mapping[str, Sequence[str]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edgetool.process_tree import alive, descendants
+from edgetool.process.tree import alive, descendants
 from tests.fakes.tiny_models import make_tiny_model
 from tests.interpreters import interpreter_of
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from edgetool.process_tree import TREE_VARIABLE, carriers
+from edgetool.process.tree import TREE_VARIABLE, carriers
 from tests.fakes import tiny_environment
 from tests.fakes.tiny_environment import write_slow_sdist, write_wheel
 

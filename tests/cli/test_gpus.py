@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from edgetool.process_tree import alive, identify
+from edgetool.process.tree import alive, identify
 from tests.fakes.started import started
 
 RECORDED = Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json"

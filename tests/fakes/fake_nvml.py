@@ -25,7 +25,7 @@ def install(monkeypatch: Any, document: Mapping[str, Any] | None) -> types.Modul
     for name, function in _functions(document).items():
         setattr(module, name, function)
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.setattr("edgetool.inventory._initialized_by", None)
+    monkeypatch.setattr("edgetool.scheduler.inventory._initialized_by", None)
     return module
 
 

@@ -22,14 +22,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from edgetool import leases
 from edgetool.errors import ResourceUnavailable
-from edgetool.inventory import Gpu, Inventory
-from edgetool.lease_records import DIRECTORY_VARIABLE
-from edgetool.leases import LeaseDirectory
-from edgetool.process_tree import entries, variable_of
-from edgetool.reaping import reap
-from edgetool.scheduler import Lease, Request, Scheduler
+from edgetool.process.tree import entries, variable_of
+from edgetool.scheduler import leases
+from edgetool.scheduler.inventory import Gpu, Inventory
+from edgetool.scheduler.lease_records import DIRECTORY_VARIABLE
+from edgetool.scheduler.leases import LeaseDirectory
+from edgetool.scheduler.leasing import Lease, Request, Scheduler
+from edgetool.scheduler.reaping import reap
 from tests.fakes.other_user import become, in_a_child
 
 GIB = 2**30

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from edgetool.process import Child
+from edgetool.process.child import Child
 
 FAMILY = Path(__file__).with_name("family.py")
 

@@ -1,7 +1,7 @@
 """Calling a backend that lives in another interpreter: a JSON job in, progress and one JSON result out.
 
 What runs there is one Python file with `run(job, report) -> dict`, which may import what that interpreter has, and
-nothing of edgetool; backends/child_side.py carries the messages. All it starts is supervised (process.py).
+nothing of edgetool; backends/child_side.py carries the messages. All it starts is supervised (process/child.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgetool.backends import child_side
 from edgetool.backends.environments import Interpreter, use
 from edgetool.config import EnvsConfig
 from edgetool.errors import EdgetoolError, Stopped
-from edgetool.process import GRACE_S, Child, describe
+from edgetool.process.child import GRACE_S, Child, describe
 from edgetool.progress import Progress, Task
 
 _LOOK_S = 0.1

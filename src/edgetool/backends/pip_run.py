@@ -10,7 +10,7 @@ from pathlib import Path
 from edgetool.backends.environments import Recipe, normal
 from edgetool.config import EnvsConfig
 from edgetool.errors import EdgetoolError, MissingDependency, ResourceUnavailable
-from edgetool.process import Child
+from edgetool.process.child import Child
 from edgetool.progress import Progress, Task
 
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.artifacts import MANIFEST_NAME, disk_errors, sha256_file, write_manifest
-from edgetool.checkpoints.gguf_import import IMPORT_VERSION, import_gguf
+from edgetool.checkpoints.gguf.importing import IMPORT_VERSION, import_gguf
 from edgetool.checkpoints.hubs import fetch_huggingface, fetch_modelscope
 from edgetool.config import CommonConfig
 from edgetool.errors import BadInput, EdgetoolError, MissingDependency, ResourceUnavailable

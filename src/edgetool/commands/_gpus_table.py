@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgetool.console import Block, Output, Table, Text
-from edgetool.lease_records import Entry
-from edgetool.look import Look
-from edgetool.placement import Request, gib
 from edgetool.progress_lines import duration
-from edgetool.scheduler import Scheduler
+from edgetool.scheduler.lease_records import Entry
+from edgetool.scheduler.leasing import Scheduler
+from edgetool.scheduler.look import Look
+from edgetool.scheduler.placement import Request, gib
 
 
 def watch_until_stopped(scheduler: Scheduler, interval_s: float, output: Output) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-from edgetool import foreground
 from edgetool.commands._blocks import report
 from edgetool.commands._run import Run
 from edgetool.errors import UsageError
-from edgetool.lease_records import shown_command
-from edgetool.ownership import orphans
-from edgetool.placement import Request
-from edgetool.scheduler import Lease, Scheduler
+from edgetool.process import foreground
+from edgetool.scheduler.lease_records import shown_command
+from edgetool.scheduler.leasing import Lease, Scheduler
+from edgetool.scheduler.ownership import orphans
+from edgetool.scheduler.placement import Request
 
 
 def run_under_lease(this: Run, scheduler: Scheduler, request: Request, command: list[str]) -> int:

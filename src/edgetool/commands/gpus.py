@@ -56,7 +56,7 @@ def gpus(
     if ctx.invoked_subcommand is not None:
         return
     with run_command(ctx, "gpus") as this:
-        from edgetool.scheduler import from_config
+        from edgetool.scheduler.leasing import from_config
 
         scheduler = from_config(this.config)
         if this.output.json and not this.config.gpus.watch:
@@ -93,8 +93,8 @@ def run(
     """
     with run_command(ctx, "gpus") as this:
         from edgetool.commands._under_lease import plan, run_under_lease
-        from edgetool.placement import Request
-        from edgetool.scheduler import from_config
+        from edgetool.scheduler.leasing import from_config
+        from edgetool.scheduler.placement import Request
 
         wanted = this.config.gpus
         request = Request(
@@ -126,8 +126,8 @@ def reap(
     """
     with run_command(ctx, "gpus") as this:
         from edgetool.commands._blocks import report
-        from edgetool.reaping import reap as end_orphans
-        from edgetool.scheduler import from_config
+        from edgetool.scheduler.leasing import from_config
+        from edgetool.scheduler.reaping import reap as end_orphans
 
         scheduler, settings = from_config(this.config), this.config.gpus
         result = end_orphans(

@@ -1,8 +1,8 @@
 """A GGUF file as verification reads it: by the `gguf` package's names and decoders.
 
-Nothing comes from edgetool's own gguf_architecture.py, gguf_blocks.py and gguf_writer.py: an error in the order of
+Nothing comes from edgetool's own gguf/architecture.py, blocks.py and writer.py: an error in the order of
 rows, the names, the blocks or the places would have to be made twice to go unseen. Only the header is read by
-gguf_header.py, which shares nothing with the writer; the package's reader takes 14 s and 500 MB for 150 000 tokens.
+gguf/header.py, which shares nothing with the writer; the package's reader takes 14 s and 500 MB for 150 000 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetool.checkpoints.gguf_header import read_header
+from edgetool.checkpoints.gguf.header import read_header
 from edgetool.checkpoints.plain_reader import Rows
 from edgetool.converter.sides import Values, Weights
 from edgetool.errors import BadInput, MissingDependency

@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.artifacts import disk_errors
-from edgetool.checkpoints import gguf_blocks, gguf_rope
 from edgetool.checkpoints.bfloat16 import float32_to_bfloat16
 from edgetool.checkpoints.canonical import QuantizedLinear
 from edgetool.checkpoints.detect import ModuleLayout
 from edgetool.checkpoints.formats import Spec
-from edgetool.checkpoints.gguf_architecture import gguf_rows, model_config, target_names
-from edgetool.checkpoints.gguf_file import GgufFile, GgufTensor
-from edgetool.checkpoints.gguf_import import side_documents, to_half, write_json
+from edgetool.checkpoints.gguf import blocks as gguf_blocks
+from edgetool.checkpoints.gguf import rope as gguf_rope
+from edgetool.checkpoints.gguf.architecture import gguf_rows, model_config, target_names
+from edgetool.checkpoints.gguf.file import GgufFile, GgufTensor
+from edgetool.checkpoints.gguf.importing import side_documents, to_half, write_json
 from edgetool.converter.source import PlainTensor
 from edgetool.errors import BadInput
 

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetool.artifacts import disk_errors
-from edgetool.checkpoints import gguf_blocks, gguf_rope
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32
-from edgetool.checkpoints.gguf_architecture import gguf_rows, tensor_table
-from edgetool.checkpoints.gguf_description import described, metadata, remarks
-from edgetool.checkpoints.gguf_vocabulary import tokenizer_metadata
-from edgetool.checkpoints.gguf_writer import FILE_TYPES, Entry, GgufFileWriter, Value, tensor_bytes
+from edgetool.checkpoints.gguf import blocks as gguf_blocks
+from edgetool.checkpoints.gguf import rope as gguf_rope
+from edgetool.checkpoints.gguf.architecture import gguf_rows, tensor_table
+from edgetool.checkpoints.gguf.description import described, metadata, remarks
+from edgetool.checkpoints.gguf.vocabulary import tokenizer_metadata
+from edgetool.checkpoints.gguf.writer import FILE_TYPES, Entry, GgufFileWriter, Value, tensor_bytes
 from edgetool.checkpoints.tensor_file import NUMPY_DTYPES
 from edgetool.converter.source import PlainTensor, Source
 from edgetool.errors import BadInput, Stopped

@@ -16,7 +16,7 @@ from edgetool.checkpoints.awq_format import BITS as AWQ_BITS
 from edgetool.checkpoints.canonical import BITS, QuantizedLinear, absent_codes
 from edgetool.checkpoints.detect import ModuleLayout
 from edgetool.checkpoints.formats import Spec
-from edgetool.checkpoints.gguf_blocks import BLOCK
+from edgetool.checkpoints.gguf.blocks import BLOCK
 from edgetool.checkpoints.requant import RoundingError, error_report, requantize
 from edgetool.converter.fit import Refused
 from edgetool.converter.source import PlainTensor, Source

@@ -35,7 +35,7 @@ from edgetool.errors import BackendFailed, ResourceUnavailable
 from edgetool.evaluation import sandbox_bubblewrap as bubblewrap
 from edgetool.evaluation.sandbox_talk import Talk
 from edgetool.evaluation.sandbox_watch import Watch
-from edgetool.process_tree import TREE_VARIABLE, carriers, send
+from edgetool.process.tree import TREE_VARIABLE, carriers, send
 
 KINDS = ("namespaces", "bubblewrap", "landlock", "limits")
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -46,7 +46,8 @@ _LAUNCHER_FILES = [
     f"{_PACKAGE_ROOT}/edgetool/{name}.py"
     for name in (
         "__init__",
-        "process_tree",
+        "process/__init__",
+        "process/tree",
         "evaluation/__init__",
         "evaluation/sandbox_launcher",
         "evaluation/sandbox_kernel",

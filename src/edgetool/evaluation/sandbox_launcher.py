@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
 from edgetool.evaluation import sandbox_kernel as kernel
-from edgetool.process_tree import descendants
+from edgetool.process.tree import descendants
 
 INNER_UID = 65534
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")

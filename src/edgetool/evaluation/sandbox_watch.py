@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from edgetool.process_tree import descendants
+from edgetool.process.tree import descendants
 
 _INTERVAL_S = 0.1
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from edgetool.errors import BadInput, EdgetoolError, MissingDependency, ResourceUnavailable, VerificationFailed
 from edgetool.fpga_service.jobs import HostJob
-from edgetool.process import Child, Restarts, describe
+from edgetool.process.child import Child, Restarts, describe
 from edgetool.progress import Progress
-from edgetool.scheduler import Lease
+from edgetool.scheduler.leasing import Lease
 from edgetool.serving.starting import own_environment, start_child
 
 _BACKLOG = 128

@@ -28,7 +28,7 @@ from edgetool.fpga_service.protocol_b import LARGEST_U16_VOCABULARY
 from edgetool.fpga_service.work import Worker
 from edgetool.progress import Progress
 from edgetool.runs import need_packages
-from edgetool.scheduler import Lease, Request, from_config
+from edgetool.scheduler.leasing import Lease, Request, from_config
 from edgetool.serving.starting import is_loopback, lease_and_bind
 
 if TYPE_CHECKING:

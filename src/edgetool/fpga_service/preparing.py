@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from edgetool.config import Config, FpgaHostConfig, ServeFpgaConfig
 from edgetool.errors import ConfigError
 from edgetool.fpga_service.keys import read_keys
-from edgetool.inventory import Inventory
 from edgetool.progress import Progress
 from edgetool.runs import need_packages
-from edgetool.scheduler import Request
+from edgetool.scheduler.inventory import Inventory
+from edgetool.scheduler.leasing import Request
 from edgetool.serving.secrets import Key, choose_key
 from edgetool.serving.starting import is_loopback
 

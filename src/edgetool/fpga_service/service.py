@@ -18,7 +18,7 @@ from edgetool.fpga_service.embedded import EmbeddedHost, listen_at, private_dire
 from edgetool.fpga_service.jobs import HostJob
 from edgetool.fpga_service.preparing import board_of, checked_image, client_keys, context_tokens, need_extra, requests
 from edgetool.progress import Progress
-from edgetool.scheduler import Lease, from_config
+from edgetool.scheduler.leasing import Lease, from_config
 from edgetool.serving.secrets import Key
 from edgetool.serving.starting import lease_and_bind, url_of
 

@@ -10,7 +10,7 @@ from typing import Any
 from edgetool.artifacts import OutputDirectory
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.jobs.store import LOST, RUNNING, STOPPED, Job, JobStore
-from edgetool.process_tree import End, ProcessId, alive, carriers, descendants, end_tree, own_ancestors
+from edgetool.process.tree import End, ProcessId, alive, carriers, descendants, end_tree, own_ancestors
 from edgetool.progress import Progress
 
 _KILLED = 137

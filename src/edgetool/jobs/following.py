@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgetool.errors import BadInput
 from edgetool.jobs.store import RUNNING, JobStore
-from edgetool.process_log import LogFollower
+from edgetool.process.log import LogFollower
 
 _LOOK_S = 0.2
 

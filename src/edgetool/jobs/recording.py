@@ -16,8 +16,8 @@ from edgetool.config import Config
 from edgetool.errors import EdgetoolError
 from edgetool.jobs.masking import masked
 from edgetool.jobs.store import Job, JobStore, state_of
-from edgetool.process_log import open_log
-from edgetool.process_tree import TREE_VARIABLE
+from edgetool.process.log import open_log
+from edgetool.process.tree import TREE_VARIABLE
 from edgetool.progress import Progress, TeeProgress
 from edgetool.progress_lines import PlainProgress
 

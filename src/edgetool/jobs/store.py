@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.errors import BadInput, ResourceUnavailable
-from edgetool.process_tree import ProcessId, alive, identify
+from edgetool.process.tree import ProcessId, alive, identify
 
 RUNNING, DONE, FAILED, STOPPED, LOST = "running", "done", "failed", "stopped", "lost"
 
@@ -67,7 +67,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 class Job:
     """One run of one command.
 
-    command: its arguments, secrets masked. token: carried by everything it has started (process_tree.TREE_VARIABLE).
+    command: its arguments, secrets masked. token: carried by everything it has started (process.tree.TREE_VARIABLE).
     parent: the job that started it. output: the directory it writes, None where it writes none. exit_code and
     ended_unix_s are None while it runs, and where it was killed. message: why it failed.
     """

@@ -16,7 +16,7 @@ from typing import Any
 from edgetool import errors
 from edgetool.errors import BackendFailed, EdgetoolError, Stopped
 from edgetool.pipeline.command_line import inserted
-from edgetool.process import Child, describe
+from edgetool.process.child import Child, describe
 from edgetool.progress import Progress, Steps
 
 PROGRAM = [sys.executable, "-m", "edgetool"]

@@ -12,7 +12,7 @@ from edgetool.errors import BackendFailed
 from edgetool.pipeline.asking import ask
 from edgetool.pipeline.child import Ended, RunningStep, Said
 from edgetool.pipeline.work import Planned, Work
-from edgetool.process import describe
+from edgetool.process.child import describe
 
 _LOOK_S = 0.5
 _GONE = {"schema", "api_key", "pid", "engine_pid", "host_pid", "lease", "url", "openai_base_url", "port"}

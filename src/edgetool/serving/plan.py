@@ -12,9 +12,9 @@ from edgetool.checkpoints.detect import QuantizationFound
 from edgetool.checkpoints.inspect import has_chat_template
 from edgetool.config import ServeGpuConfig
 from edgetool.errors import BadInput, ResourceUnavailable
-from edgetool.inventory import Gpu, Inventory, same_class
 from edgetool.runs import available_memory_bytes
-from edgetool.scheduler import Request
+from edgetool.scheduler.inventory import Gpu, Inventory, same_class
+from edgetool.scheduler.leasing import Request
 from edgetool.serving.legality import Allowed, Demand, Device, check, look
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from edgetool.artifacts import atomic_write
 from edgetool.errors import BadInput, ConfigError, ResourceUnavailable
-from edgetool.process_tree import ProcessId, alive, identify
+from edgetool.process.tree import ProcessId, alive, identify
 from edgetool.serving import shared_memory
 
 _SUFFIX = ".json"

@@ -13,9 +13,9 @@ from typing import Any
 
 from edgetool.config import ServeGpuConfig
 from edgetool.errors import ResourceUnavailable
-from edgetool.process import Child, Ended
+from edgetool.process.child import Child, Ended
 from edgetool.progress import Progress
-from edgetool.scheduler import Lease, Scheduler
+from edgetool.scheduler.leasing import Lease, Scheduler
 from edgetool.serving import vllm_engine
 from edgetool.serving.jobs import EngineJob, FrontJob
 from edgetool.serving.phases import TRANSFORMERS, VLLM, PhaseReader

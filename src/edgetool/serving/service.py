@@ -16,10 +16,10 @@ from edgetool.backends import environments
 from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import Config
 from edgetool.errors import BackendFailed, ConfigError, MissingDependency, ResourceUnavailable
-from edgetool.process import Restarts, describe
+from edgetool.process.child import Restarts, describe
 from edgetool.progress import Progress
 from edgetool.runs import need_packages
-from edgetool.scheduler import from_config
+from edgetool.scheduler.leasing import from_config
 from edgetool.serving import shared_memory, vllm_engine
 from edgetool.serving.plan import Plan, make_plan
 from edgetool.serving.registry import Record, Registry

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetool.errors import ConfigError, ResourceUnavailable
-from edgetool.process import Child
+from edgetool.process.child import Child
 from edgetool.progress import Progress
-from edgetool.scheduler import Lease, Request, Scheduler
+from edgetool.scheduler.leasing import Lease, Request, Scheduler
 
 _PORT_TRIES = 5
 

@@ -18,7 +18,7 @@ from edgetool.backends import child_side
 from edgetool.backends.child import run
 from edgetool.backends.environments import RECIPES, Interpreter
 from edgetool.errors import BackendFailed, BadInput, EdgetoolError, ResourceUnavailable, Stopped
-from edgetool.process_tree import TREE_VARIABLE, carriers
+from edgetool.process.tree import TREE_VARIABLE, carriers
 from edgetool.progress import NullProgress, RecordingProgress
 from tests.interpreters import interpreter_of
 

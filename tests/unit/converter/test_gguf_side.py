@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from edgetool.checkpoints.gguf_file import GgufFile
+from edgetool.checkpoints.gguf.file import GgufFile
 from edgetool.converter import gguf_target
 from edgetool.converter.gguf_side import GgufSide
 from edgetool.converter.gguf_source import GgufSource

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from edgetool.checkpoints.bfloat16 import bfloat16_to_float32
 from edgetool.checkpoints.formats import Spec
-from edgetool.checkpoints.gguf_import import import_gguf
+from edgetool.checkpoints.gguf.importing import import_gguf
 from edgetool.converter import gguf_source
 from edgetool.converter.gguf_source import GgufSource
 from edgetool.converter.source import PlainTensor

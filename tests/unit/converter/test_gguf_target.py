@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgetool.checkpoints import gguf_rope
+from edgetool.checkpoints.gguf import rope as gguf_rope
 from edgetool.converter.gguf_source import GgufSource
 from edgetool.converter.gguf_target import plan_gguf, write_gguf
 from edgetool.converter.source import CheckpointSource
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _use_qwen2_tokenizer(model: Path) -> None:
-    from edgetool.checkpoints.gguf_tokenizer import NORMALIZERS, PRE_TOKENIZERS
+    from edgetool.checkpoints.gguf.tokenizer import NORMALIZERS, PRE_TOKENIZERS
 
     document = json.loads((model / "tokenizer.json").read_text())
     document |= {"pre_tokenizer": PRE_TOKENIZERS["qwen2"], "normalizer": NORMALIZERS["qwen2"]}

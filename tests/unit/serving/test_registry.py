@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgetool.errors import BadInput, ConfigError, ResourceUnavailable
-from edgetool.process_tree import identify
+from edgetool.process.tree import identify
 from edgetool.serving import shared_memory
 from edgetool.serving.registry import Registry
 from edgetool.serving.secrets import hide_argument
