@@ -16,6 +16,7 @@ import httpx
 from edgetool.config import ChatConfig
 from edgetool.errors import BackendFailed, BadInput, ConfigError, EdgetoolError, ResourceUnavailable
 from edgetool.loadtest.client import base_url, find_model, open_client
+from edgetool.messages import translated
 from edgetool.progress import Progress
 
 HELP = "/new begins again, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -268,5 +269,5 @@ def _next_question() -> str | None:
 
 
 def _note(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{translated(text)}\n")
     sys.stderr.flush()

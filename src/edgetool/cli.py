@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgetool import __version__, console
+from edgetool import __version__, console, messages
 from edgetool.commands import (
     bench,
     chat,
@@ -32,8 +32,10 @@ from edgetool.commands import (
     serve_fpga,
     serve_gpu,
 )
+from edgetool.commands._options import Lang
 from edgetool.config_sources import json_wanted
 from edgetool.errors import EdgetoolError, Stopped, Terminated
+from edgetool.messages import choice
 
 INTERRUPTED = 130
 
@@ -45,6 +47,16 @@ class EdgetoolGroup(TyperGroup):
     """
 
     _arguments: tuple[str, ...] = ()
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Choose the language first: help and usage errors come before any option is known."""
+        messages.use(choice.asked(args, os.environ))
+        if messages.language() != messages.ENGLISH:
+            from edgetool.commands._help import translate
+
+            translate(self)
+        with _errors_translated():
+            return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Remember the command line as typed: `--json` must be known before the options are parsed."""
@@ -60,7 +72,7 @@ class EdgetoolGroup(TyperGroup):
         """
         output = ctx.obj = _output(self._arguments)
         try:
-            with _sigterm_raises():
+            with _sigterm_raises(), _errors_translated():
                 return super().invoke(ctx)
         except EdgetoolError as error:
             if isinstance(error, Stopped) and error.hint is None:
@@ -79,6 +91,19 @@ class EdgetoolGroup(TyperGroup):
             if output.json:
                 _document(output, error)
             raise
+
+
+@contextlib.contextmanager
+def _errors_translated() -> Iterator[None]:
+    """What typer is going to put in words, in the language that is spoken."""
+    try:
+        yield
+    except Exception as error:
+        if messages.language() != messages.ENGLISH:
+            from edgetool.commands._help import translate_error
+
+            translate_error(error)
+        raise
 
 
 def _document(output: console.Output, error: Exception) -> None:
@@ -142,6 +167,7 @@ def edgetool(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
     ] = False,
+    lang: Lang = None,
 ) -> None:
     """From published weights to the edge: quantise, convert, evaluate, serve on GPUs, compile for a VCU128 board."""
 

@@ -81,6 +81,12 @@ class CommonConfig(Section):
         "how progress is shown on stderr; auto = bars on a terminal, plain lines elsewhere",
         "auto, bar, plain, json or quiet",
     )
+    lang: Literal["auto", "en", "zh_CN"] = setting(
+        "auto",
+        "language of help, tables, progress and errors; auto = that of LC_ALL, LC_MESSAGES or LANG (JSON, logs and "
+        "records are always English)",
+        "en, zh_CN or auto",
+    )
     json_output: bool = setting(
         False, "print exactly one JSON document on stdout", "true or false", option="--json", key="json"
     )

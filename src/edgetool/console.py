@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edgetool.errors import EdgetoolError
+from edgetool.messages import label, translated
 from edgetool.progress import NullProgress, Progress, Steps, Task
 from edgetool.progress_lines import JsonProgress, PlainProgress, count, size
 
@@ -123,7 +124,8 @@ class Output:
         elif say:
             strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours(sys.stderr) else ("", "")
             _tolerate_any_text(sys.stderr)
-            sys.stderr.write(f"{strong}error:{plain} {message}\n" + (f"hint: {hint}\n" if hint else ""))
+            shown = f"{strong}{label('error: ')}{plain}{translated(message)}\n"
+            sys.stderr.write(shown + (f"{label('hint: ')}{translated(hint)}\n" if hint else ""))
         sys.stderr.flush()
         if self.json and not self._said:  # a server that fails after it said that it is ready has given its document
             self._print({"schema": self.schema, "ok": False, **error, **(details or {})})
@@ -149,7 +151,7 @@ def progress(mode: str) -> Iterator[Progress]:
         with _BarProgress() as bars:
             yield bars
     else:
-        lines = JsonProgress(sys.stderr) if mode == "json" else PlainProgress(sys.stderr)
+        lines = JsonProgress(sys.stderr) if mode == "json" else PlainProgress(sys.stderr, say=label)
         with contextlib.closing(lines):
             yield lines
 
@@ -168,7 +170,7 @@ class _BarProgress:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn(label("left")),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
@@ -183,7 +185,7 @@ class _BarProgress:
 
     @contextlib.contextmanager
     def task(self, name: str, total: float, unit: str = "", before: float = 0) -> Iterator[Task]:
-        identity = self._bars.add_task(name, total=total, completed=int(before), count="", note="")
+        identity = self._bars.add_task(label(name), total=total, completed=int(before), count="", note="")
         bar = _Bar(self._bars, identity, total, unit, before)
         try:
             yield bar
@@ -194,7 +196,7 @@ class _BarProgress:
     def steps(self, names: Sequence[str]) -> Iterator[Steps]:
         width = max(map(len, names), default=0)
         rows = {
-            name: self._bars.add_task(name.ljust(width), total=None, start=False, count="waiting", note="")
+            name: self._bars.add_task(name.ljust(width), total=None, start=False, count=label("waiting"), note="")
             for name in names
         }
         try:
@@ -204,10 +206,12 @@ class _BarProgress:
                 self._bars.stop_task(row)
 
     def note(self, message: str) -> None:
-        self._bars.console.print(message, markup=False, highlight=False)
+        self._bars.console.print(translated(message), markup=False, highlight=False)
 
     def warn(self, message: str) -> None:
-        self._bars.console.print(f"warning: {message}", markup=False, highlight=False, style="yellow")
+        self._bars.console.print(
+            f"{label('warning: ')}{translated(message)}", markup=False, highlight=False, style="yellow"
+        )
 
 
 @dataclass
@@ -222,7 +226,7 @@ class _Bar:
         self.done += steps
         done, total = (size(n) if self.unit == "B" else f"{n:g}" for n in (self.done, self.total))
         if note is not None:
-            self.bars.update(self.identity, note=note)
+            self.bars.update(self.identity, note=label(note))
         self.bars.update(self.identity, advance=steps, count=f"{done}/{total}")
 
 
@@ -235,20 +239,21 @@ class _StepBars:
     def state(self, name: str, state: str, note: str = "") -> None:
         row = self.rows[name]
         if state == "running" and name in self.running:
-            self.bars.update(row, total=None, count=state, note=note)
+            self.bars.update(row, total=None, count=label(state), note=label(note))
             return
         if state == "running":
             self.running.add(name)
-            self.bars.reset(row, total=None, count=state, note=note)
+            self.bars.reset(row, total=None, count=label(state), note=label(note))
             return
         self.running.discard(name)
         finished = state in ("done", "unchanged")
-        self.bars.update(row, total=1, completed=int(finished), count=state, note=note)
+        self.bars.update(row, total=1, completed=int(finished), count=label(state), note=label(note))
         self.bars.stop_task(row)
 
     def advance(self, name: str, task: str, done: float, total: float, unit: str = "", note: str = "") -> None:
-        shown = " ".join(filter(None, [task, note]))
-        self.bars.update(self.rows[name], total=total, completed=done, count=count(done, total, unit), note=shown)
+        shown = " ".join(filter(None, [label(task), label(note)]))
+        counted = label(count(done, total, unit))
+        self.bars.update(self.rows[name], total=total, completed=done, count=counted, note=shown)
 
 
 def _divert_stdout(stream: TextIO) -> int | None:
@@ -276,17 +281,19 @@ def _print_block(console: Console, block: Block, stream: TextIO) -> None:
     from rich.text import Text as RichText
 
     if block.title:
-        console.print(RichText(block.title, style="bold"))
+        console.print(RichText(label(block.title), style="bold"))
     if isinstance(block, Text):
-        console.print(RichText(block.body))
+        console.print(RichText(translated(block.body)))
         return
     table = RichTable(box=None, show_header=bool(block.headers), pad_edge=False, header_style="dim")
     width = max((len(row) for row in block.rows), default=len(block.headers))
     for column in range(width):
-        header = block.headers[column] if column < len(block.headers) else ""
+        header = label(block.headers[column]) if column < len(block.headers) else ""
         table.add_column(header, overflow="fold", style="cyan" if column == 0 else "")
     for row in block.rows:
-        table.add_row(*(RichText(cell) for cell in row))
+        # a first cell below a header is somebody's name for something, and stays as it is unless it is a sentence
+        names = translated if block.headers else label
+        table.add_row(*(RichText((label if column else names)(cell)) for column, cell in enumerate(row)))
     with console.capture() as drawn:
         console.print(table)
     # rich pads the last column too; in a file or a pipe that is noise

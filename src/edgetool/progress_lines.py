@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -156,33 +156,51 @@ class _StepLines:
 
 
 class PlainProgress(LineProgress):
-    """Lines for people, without control codes: `[  41s] quantise: 3 of 30 layers, about 6 min left`."""
+    """Lines for people, without control codes: `[  41s] quantise: 3 of 30 layers, about 6 min left`.
+
+    `say` puts words and sentences into the reader's language (messages.label); a log file has none, and stays English.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        interval_s: float = 5.0,
+        heartbeat_s: float = 30.0,
+        say: Callable[[str], str] = str,
+    ) -> None:
+        super().__init__(stream, interval_s, heartbeat_s)
+        self.words = say
 
     def _message_line(self, kind: str, message: str) -> str:
-        return f"[{self._elapsed_s():5.0f}s] {'warning: ' if kind == 'warning' else ''}{message}"
+        return self._stamped(f"{self.words('warning: ') if kind == 'warning' else ''}{self.words(message)}")
+
+    def _stamped(self, text: str) -> str:
+        return f"[{self._elapsed_s():5.0f}s] {text}"
 
     def _task_line(self, event: str, meter: Meter) -> str:
         spent_s = time.monotonic() - meter.started_s
-        text = f"{meter.name}: " + count(meter.done, meter.total, meter.unit)
+        words = self.words
+        text = f"{words(meter.name)}: " + words(count(meter.done, meter.total, meter.unit))
         made = meter.done - meter.before
         if event in {"progress", "heartbeat"} and made > 0 and meter.done < meter.total:
-            text += f", about {duration(spent_s / made * (meter.total - meter.done))} left"
+            text += ", " + words(f"about {duration(spent_s / made * (meter.total - meter.done))} left")
         if event == "heartbeat":
-            text += f", still running after {duration(spent_s)}"
+            text += ", " + words(f"still running after {duration(spent_s)}")
         elif event == "done":
-            text = f"{meter.name}: done in {duration(spent_s)}"
+            text = f"{words(meter.name)}: " + words(f"done in {duration(spent_s)}")
         elif event == "stopped":
-            text += ", stopped"
+            text += ", " + words("stopped")
         if meter.note and event in {"progress", "heartbeat"}:
-            text += f" ({meter.note})"
-        return self._message_line("note", text)
+            text += f" ({words(meter.note)})"
+        return self._stamped(text)
 
     def _step_line(self, name: str, state: str, note: str) -> str:
-        return self._message_line("note", f"{name}: {state}" + (f" ({note})" if note else ""))
+        return self._stamped(f"{name}: {self.words(state)}" + (f" ({self.words(note)})" if note else ""))
 
     def _step_task_line(self, name: str, task: str, done: float, total: float, unit: str, note: str) -> str:
-        text = f"{name}: {task}: {count(done, total, unit)}" + (f" ({note})" if note else "")
-        return self._message_line("note", text)
+        words = self.words
+        text = f"{name}: {words(task)}: {words(count(done, total, unit))}" + (f" ({words(note)})" if note else "")
+        return self._stamped(text)
 
 
 class JsonProgress(LineProgress):

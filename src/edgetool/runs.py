@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ import psutil
 from edgetool import __version__
 from edgetool.artifacts import OutputDirectory, sha256_file
 from edgetool.errors import BadInput, MissingDependency, ResourceUnavailable
+from edgetool.messages import translated
 from edgetool.progress_lines import size
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -67,11 +69,13 @@ def stop_requests() -> Iterator[threading.Event]:
         yield stop
         return
     before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    words = translated("stopping after the step at hand; again to stop at once")
+    said = f"{words}\n".encode(sys.stderr.encoding or "utf-8", "replace")
 
     def ask(number: int, _: Any) -> None:
         stop.set()
         signal.signal(number, before[number])
-        os.write(2, b"stopping after the step at hand; again to stop at once\n")  # print() is not reentrant
+        os.write(2, said)  # print() is not reentrant
 
     try:
         for number in before:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetool.console import Block, Table, Text
+from edgetool.messages import label
 from edgetool.progress_lines import duration, size
 
 _UNITS = {"_bytes": size, "_seconds": duration, "_s": duration}
@@ -36,7 +37,7 @@ def shown(key: str, value: Any) -> str:
         # grouping helps with 134,515,008 parameters; it would only disturb in bits, group sizes and ports
         return f"{value:,}" if abs(value) >= 10_000 and not key.endswith(("pid", "port")) else str(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{words(str(name))} {shown(str(name), item)}" for name, item in value.items())
+        return ", ".join(f"{label(words(str(name)))} {shown(str(name), item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(shown(key, item) for item in value)
     return str(value)

@@ -51,6 +51,10 @@ ProgressMode = Annotated[
     typer.Option("--progress", metavar="MODE", help="auto, bar, plain, json or quiet, on stderr [default: auto]."),
 ]
 Quiet = Annotated[bool | None, typer.Option("--quiet", "-q", help="Show no progress (as --progress quiet).")]
+Lang = Annotated[
+    str | None,
+    typer.Option("--lang", metavar="NAME", help="en, zh_CN or auto: language of what is shown [default: auto]."),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option("--cache-dir", metavar="DIR", help="Downloads and dequantised models [default: ~/.cache/edgetool]."),
@@ -72,6 +76,7 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
         "json": Json,
         "progress": ProgressMode,
         "quiet": Quiet,
+        "lang": Lang,
     }
 
     @functools.wraps(command)

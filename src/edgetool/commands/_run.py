@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,18 +57,21 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     A sub-command (`gpus run`) names the `section` of its group; options given to the group hold for it too.
     With `--show-config` the configuration is printed instead, and the command ends there.
     """
-    from edgetool import config, console
+    from edgetool import config, console, messages
+    from edgetool.messages import choice
 
     output: Output = ctx.obj
     command = section or str(ctx.info_name).replace("-", "_")
     given = dict(ctx.params)
     if section and ctx.parent:
         given.update({key: value for key, value in ctx.parent.params.items() if given.get(key) is None})
+    given["lang"] = given.get("lang") or ctx.find_root().params.get("lang")  # it may stand before the command, too
     values = {key: value for key, value in given.items() if key not in NOT_SETTINGS}
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
     settings = config.load(command, values, given.get("config"), complete=not show)
+    messages.use(choice.resolved(settings.common.lang, os.environ))
     output.json = settings.common.json_output
     output.progress_mode = settings.common.progress
     if show:

@@ -1,0 +1,379 @@
+"""Every sentence that edgetool can say, read from its source: strings and f-strings as templates with `{1}`, `{2}`.
+
+All text in `src/edgetool` counts that reads like words for people, whatever it is used for on the way to the terminal;
+what never gets there is left out by module, by callee and by name below. A string that is a part of a larger
+expression (an f-string, a sum, a conditional expression within one) is taken as that whole, once for each way that
+the conditions can turn out.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetool"
+
+API = "answers of an API, and what stands in the logs of servers"
+PAGE = "pages and plots, which are files"
+NOT_SHOWN_MODULES = {
+    "backends/jobs": "logs of other tools",
+    "data": "text that models read",
+    "evaluation/code_decoders.py": "text that models read",
+    "evaluation/code_runner.py": "runs in the sandbox",
+    "evaluation/plots.py": PAGE,
+    "evaluation/report.py": PAGE,
+    "fpga/report.py": PAGE,
+    "fpga_service/api_answers.py": API,
+    "fpga_service/api_errors.py": API,
+    "fpga_service/api_requests.py": API,
+    "fpga_service/exchange.py": API,
+    "fpga_service/frames.py": API,
+    "fpga_service/gateway.py": API,
+    "fpga_service/generation.py": API,
+    "fpga_service/host.py": API,
+    "fpga_service/host_session_b.py": API,
+    "fpga_service/host_sessions.py": API,
+    "fpga_service/limits.py": API,
+    "fpga_service/metrics.py": API,
+    "fpga_service/protocol_a.py": API,
+    "fpga_service/protocol_b.py": API,
+    "loadtest/plot.py": PAGE,
+    "loadtest/prompts.py": "text that models read",
+    "messages": "the catalogue itself",
+    "pages.py": PAGE,
+    "pipeline/report.py": PAGE,
+    "progress_lines.py": "put together from words: FIXED",
+    "serving/front.py": API,
+    "serving/openai_api.py": API,
+    "serving/proxy.py": API,
+    "serving/transformers_engine.py": API,
+}
+NOT_SHOWN_CALLEES = re.compile(
+    r"(.*\.)?(_?log|_?logger|logging)(\..*)?|re\..*|.*\.(startswith|endswith|split|rsplit|partition|replace|removeprefix"
+    r"|removesuffix|execute|executescript|einsum|unpack|pack|write_text|filterwarnings|get|setattr|encode|strptime"
+    r"|strftime|find|index|count|unshare|Counter|Gauge|Histogram)|struct\..*|np\..*|torch\..*|Counter|Gauge|Histogram"
+    r"|AssertionError|HTTPException|json\.dumps|html\.escape|typer\.Typer|getenv|getattr|hasattr|Literal|TypeVar|cast"
+    r"|Refusal|httpx\..*|_Kernel|key_of|self\._log|_call"
+)
+NOT_SHOWN_KEYWORDS = {
+    "metavar",
+    "encoding",
+    "errors",
+    "param_decls",
+    "option",
+    "off",
+    "key",
+    "mode",
+    "pattern",
+    "alias",
+}
+FIXED = {
+    "typer": [
+        "Usage: ", "Options", "Arguments", "Commands", "Error: ", "Try '{1}' for help.", "Show this message and exit.",
+        "Missing command.", "No such command {1}.", "No such command {1}. Did you mean {2}?", "No such option: {1}",
+        "Possible options: {1}", "Invalid value for {1}: {2}", "Invalid value: {1}", "Missing argument {1}.",
+        "Missing option {1}.", "Missing parameter: {1}", "Got unexpected extra argument(s) ({1})", "Aborted!",
+        "Option {1} requires an argument.", "Option {1} requires {2} arguments.", "Option {1} does not take a value.",
+        "Input should be a valid integer, unable to parse string as an integer",
+        "Input should be a valid number, unable to parse string as a number",
+        "Install completion for the current shell.",
+        "Show completion for the current shell, to copy it or customize the installation.",
+    ],
+    "progress": [
+        "{1} of {2}", "done in {1}", "about {1} left", "still running after {1}", "stopped", "waiting", "running",
+        "done", "failed", "unchanged", "left", "stopping", "warning: ", "error: ", "hint: ",
+    ],
+    "values": ["yes", "no"],
+}  # fmt: skip
+"""Words of typer's own, and those that the code puts together: by hand, since no expression holds them whole."""
+
+NOT_SHOWN: set[str] = set()
+"""Text for models, patterns for logs of others, and keys: what reads like a message and is none."""
+
+MOST_VARIANTS = 8
+PLURAL = "{s}"
+HOLE = re.compile(r"\{(?:\d+|s)\}")
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A value that is known only when the sentence is said."""
+
+
+Part = str | Hole
+Variant = tuple[Part, ...]
+
+
+@dataclass
+class Module:
+    """One parsed file, with what is needed to see through a name."""
+
+    path: str
+    tree: ast.Module
+    parents: dict[ast.AST, ast.AST] = field(default_factory=dict)
+    assigned: dict[tuple[ast.AST, str], list[ast.expr | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for node in ast.walk(self.tree):
+            for child in ast.iter_child_nodes(node):
+                self.parents[child] = node
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+                self._assign(node, node.targets[0].id, node.value)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                self._assign(node, node.target.id, node.value)
+            elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                self._assign(node, node.target.id, None)
+
+    def _assign(self, node: ast.AST, name: str, value: ast.expr | None) -> None:
+        self.assigned.setdefault((self.scope(node), name), []).append(value)
+
+    def scope(self, node: ast.AST) -> ast.AST:
+        """The function around a node, or the module."""
+        while node in self.parents:
+            node = self.parents[node]
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
+                return node
+        return self.tree
+
+    def values(self, name: ast.Name) -> list[ast.expr] | None:
+        """What a name can stand for, None where that cannot be told."""
+        scope = self.scope(name)
+        found = self.assigned.get((scope, name.id))
+        if found is None and scope is not self.tree:
+            given = {a.arg for a in ast.walk(scope) if isinstance(a, ast.arg)}
+            found = None if name.id in given else self.assigned.get((self.tree, name.id))
+        return None if found is None or None in found else [value for value in found if value is not None]
+
+
+def templates() -> dict[str, list[str]]:
+    """Each template with the places that it comes from (`path:line`)."""
+    found: dict[str, list[str]] = {}
+    for origin, texts in FIXED.items():
+        for text in texts:
+            found.setdefault(text, []).append(origin)
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE).as_posix()
+        if not any(name == left_out or name.startswith(f"{left_out}/") for left_out in NOT_SHOWN_MODULES):
+            for template, line in module_templates(path.read_text(), name):
+                found.setdefault(template, []).append(f"{name}:{line}")
+    return found
+
+
+def module_templates(text: str, name: str) -> Iterator[tuple[str, int]]:
+    """The templates of one file with their lines."""
+    module = Module(name, ast.parse(text))
+    consumed: set[ast.AST] = set()
+    whole: list[tuple[ast.expr, list[Variant]]] = []
+    for node in ast.walk(module.tree):  # breadth first: the larger expression comes before its parts
+        if node in consumed or not isinstance(node, ast.expr) or not _is_text(node) or _left_out(module, node):
+            continue
+        used: set[ast.AST] = set()
+        whole.append((node, _variants(module, node, used)))
+        consumed |= used
+    for node, variants in whole:
+        if node in consumed and not isinstance(node, ast.Constant | ast.JoinedStr):
+            continue
+        for variant in variants:
+            template = written(variant)
+            fragment = node in consumed and template[:1] in " ,;:("
+            if template and not fragment and _for_people(template, node, module):
+                yield template, node.lineno
+    yield from _documented(module)
+    yield from _words(module)
+
+
+def _is_text(node: ast.expr) -> bool:
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str)
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Add) and (_is_text(node.left) or _is_text(node.right))
+    return isinstance(node, ast.JoinedStr)
+
+
+def _variants(module: Module, node: ast.expr, used: set[ast.AST]) -> list[Variant]:
+    """Every way in which an expression of text can turn out; nodes that are a part of it are added to `used`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [(node.value,)]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _product([_part(module, side, used) for side in (node.left, node.right)])
+    if isinstance(node, ast.JoinedStr):
+        parts: list[list[Variant]] = []
+        for value in node.values:
+            if isinstance(value, ast.FormattedValue):
+                plain = value.conversion == -1 and value.format_spec is None
+                parts.append(_part(module, value.value, used) if plain else [(Hole(),)])
+            else:
+                used.add(value)
+                parts.append([(str(ast.literal_eval(value)),)])
+        return _product(parts)
+    return [(Hole(),)]
+
+
+def _part(module: Module, node: ast.expr, used: set[ast.AST]) -> list[Variant]:
+    """The same of a part: text, a choice between texts, a name that stands for such, or else a hole."""
+    if (isinstance(node, ast.Constant) and isinstance(node.value, str)) or isinstance(node, ast.JoinedStr | ast.BinOp):
+        if not _is_text(node):
+            return [(Hole(),)]
+        used.add(node)
+        return _variants(module, node, used)
+    if isinstance(node, ast.IfExp):
+        if not (_chosen(node.body) and _chosen(node.orelse)):
+            return [(Hole(),)]
+        sides: list[Variant] = []
+        for side in (node.body, node.orelse):
+            sides += _part(module, side, used)
+        return _plural(sides)
+    if isinstance(node, ast.Name) and (values := module.values(node)) and all(_chosen(value) for value in values):
+        found: list[Variant] = []
+        for value in values:
+            found += _part(module, value, used)
+        return _plural(found) if len(found) <= MOST_VARIANTS else [(Hole(),)]
+    return [(Hole(),)]
+
+
+def _chosen(node: ast.expr) -> bool:
+    return _is_text(node) or (isinstance(node, ast.IfExp) and _chosen(node.body) and _chosen(node.orelse))
+
+
+def _plural(variants: list[Variant]) -> list[Variant]:
+    """`s` or nothing is written as one template, since other languages have no such ending."""
+    return [(PLURAL,)] if set(variants) == {("",), ("s",)} else variants
+
+
+def _product(parts: list[list[Variant]]) -> list[Variant]:
+    if len(list(itertools.product(*parts))) > MOST_VARIANTS:
+        parts = [options if len(options) == 1 else [(Hole(),)] for options in parts]
+    return [tuple(itertools.chain(*chosen)) for chosen in itertools.product(*parts)]
+
+
+def written(variant: Variant) -> str:
+    """A template as the catalogue has it: values numbered, spaces and punctuation around it gone."""
+    merged: list[Part] = []
+    for part in variant:
+        if part == "" or (isinstance(part, Hole) and merged and isinstance(merged[-1], Hole)):
+            continue
+        merged.append(part)
+    number = itertools.count(1)
+    text = "".join(f"{{{next(number)}}}" if isinstance(part, Hole) else part for part in merged)
+    text = re.sub(r"(?:\{\d+\})+", lambda match: match[0].split("}")[0] + "}", text)
+    text = text.removeprefix("error: ")
+    stripped = text.strip(" ;,:\n")
+    balanced = stripped.count("(") == stripped.count(")")
+    bare = re.fullmatch(r"(.*\S) \(\{\d+\}\)", stripped, re.DOTALL)  # what stands in brackets behind is taken off first
+    stripped = bare[1] if bare else stripped
+    if balanced and stripped.startswith("(") and stripped.endswith(")") and ")" not in stripped[:-1]:
+        stripped = stripped[1:-1]
+    return renumbered(stripped)
+
+
+def renumbered(template: str) -> str:
+    """Values numbered from one, in their order."""
+    number = itertools.count(1)
+    return re.sub(r"\{\d+\}", lambda _: f"{{{next(number)}}}", template)
+
+
+_CODE = re.compile(
+    r".*(</|/>|\bimport \w+[,;]|=\{\d|\.\*|\\d).*|\s*(SELECT|CREATE|INSERT|UPDATE|DELETE|PRAGMA|ALTER|Bearer)\b.*"
+    r"|edgetool [a-z0-9{}-]+( [a-z]+)?( ([A-Z{]|-).*)?|(pip|chmod|kill|unset|import|sudo) \S+( \S+)?",
+    re.DOTALL,
+)
+"""Markup, patterns, queries, and command lines that are nothing but that."""
+
+
+def _for_people(template: str, node: ast.expr, module: Module) -> bool:
+    literal = HOLE.sub(" ", template)
+    words = re.findall(r"(?<![\w.\-/])[A-Za-z][a-z']+(?![\w/]|[.-]\w)", literal)
+    if template in NOT_SHOWN or _CODE.fullmatch(template):
+        return False
+    enough = 1 if HOLE.search(template) and " " in template else 2
+    return len(words) >= enough and sum(map(len, words)) >= 4 and " " in template
+
+
+def _left_out(module: Module, node: ast.AST) -> bool:
+    """Docstrings, comparisons, keys, annotations, and arguments of calls that show nothing."""
+    child, parent = node, module.parents.get(node)
+    first = True
+    while parent is not None and not isinstance(parent, ast.stmt):
+        if isinstance(parent, ast.Compare | ast.Subscript | ast.FormattedValue) and first:
+            return not isinstance(parent, ast.FormattedValue)
+        if isinstance(parent, ast.Dict) and child in parent.keys:
+            return True
+        if isinstance(parent, ast.keyword) and parent.arg in NOT_SHOWN_KEYWORDS:
+            return True
+        if isinstance(parent, ast.Call) and child is not parent.func:
+            callee = ast.unparse(parent.func)
+            if NOT_SHOWN_CALLEES.fullmatch(callee):
+                return True
+            if callee == "setting" and child in parent.args and parent.args.index(child) != 2:
+                return True
+        if isinstance(parent, ast.arguments):
+            return True
+        first = first and isinstance(parent, ast.JoinedStr)
+        child, parent = parent, module.parents.get(parent)
+    return (isinstance(parent, ast.Expr) and isinstance(child, ast.Constant)) or isinstance(parent, ast.Assert)
+
+
+def _documented(module: Module) -> Iterator[tuple[str, int]]:
+    """Help of commands: their docstrings, a paragraph each."""
+    for node in ast.walk(module.tree):
+        decorators = [ast.unparse(one) for one in getattr(node, "decorator_list", [])]
+        if isinstance(node, ast.FunctionDef) and (
+            any(re.search(r"\bapp\.|with_common", one) for one in decorators)
+            or (module.path.startswith("commands/") and f"{node.name}.{node.name}" in _command_table())
+        ):
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                yield " ".join(paragraph.split()), node.lineno
+
+
+def _words(module: Module) -> Iterator[tuple[str, int]]:
+    """Single words that are shown as such: headers, titles, names of rows, tasks and states."""
+    for node in ast.walk(module.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        callee = ast.unparse(node.func).rsplit(".", 1)[-1]
+        if callee in {"Table", "Text"} and module.path.startswith("commands/"):
+            for part in ast.walk(node):
+                yield from _word(module, part)
+        elif callee in {"task", "facts", "grid", "report", "listing"} and node.args:
+            for part in [
+                node.args[0],
+                *(getattr(node.args[0], "values", [])),
+                getattr(node.args[0], "body", None),
+                getattr(node.args[0], "orelse", None),
+            ]:
+                yield from _word(module, part)
+        if callee == "task":
+            unit = next(
+                (k.value for k in node.keywords if k.arg == "unit"), node.args[2] if len(node.args) > 2 else None
+            )
+            if isinstance(unit, ast.Constant) and unit.value not in ("", "B"):
+                yield f"{{1}} of {{2}} {unit.value}{'' if unit.value.endswith('s') else PLURAL}", node.lineno
+        if callee in {"facts", "report"}:
+            for part in ast.walk(node):
+                if isinstance(part, ast.Dict):
+                    for key in part.keys:
+                        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                            from edgetool.commands._blocks import words
+
+                            yield words(key.value), key.lineno
+
+
+@functools.cache
+def _command_table() -> str:
+    return (SOURCE / "cli.py").read_text(encoding="utf-8")
+
+
+def _word(module: Module, node: ast.AST | None) -> Iterator[tuple[str, int]]:
+    """A constant of letters, unless it is a key or is compared."""
+    if not (isinstance(node, ast.Constant) and re.fullmatch(r"[A-Za-z][a-zA-Z' ]+", str(node.value))):
+        return
+    parent = module.parents.get(node)
+    asked = isinstance(parent, ast.Call) and ast.unparse(parent.func).endswith(("get", "getattr"))
+    if not asked and not isinstance(parent, ast.Subscript | ast.Compare):
+        yield str(node.value), node.lineno
