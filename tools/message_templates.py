@@ -9,91 +9,15 @@ the conditions can turn out.
 from __future__ import annotations
 
 import ast
-import functools
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from message_scope import CODE, FIXED, NOT_SHOWN, NOT_SHOWN_CALLEES, NOT_SHOWN_KEYWORDS, NOT_SHOWN_MODULES
+
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetool"
-
-API = "answers of an API, and what stands in the logs of servers"
-PAGE = "pages and plots, which are files"
-NOT_SHOWN_MODULES = {
-    "backends/jobs": "logs of other tools",
-    "data": "text that models read",
-    "evaluation/code_decoders.py": "text that models read",
-    "evaluation/code_runner.py": "runs in the sandbox",
-    "evaluation/plots.py": PAGE,
-    "evaluation/report.py": PAGE,
-    "fpga/report.py": PAGE,
-    "fpga_service/api_answers.py": API,
-    "fpga_service/api_errors.py": API,
-    "fpga_service/api_requests.py": API,
-    "fpga_service/exchange.py": API,
-    "fpga_service/frames.py": API,
-    "fpga_service/gateway.py": API,
-    "fpga_service/generation.py": API,
-    "fpga_service/host.py": API,
-    "fpga_service/host_session_b.py": API,
-    "fpga_service/host_sessions.py": API,
-    "fpga_service/limits.py": API,
-    "fpga_service/metrics.py": API,
-    "fpga_service/protocol_a.py": API,
-    "fpga_service/protocol_b.py": API,
-    "loadtest/plot.py": PAGE,
-    "loadtest/prompts.py": "text that models read",
-    "messages": "the catalogue itself",
-    "pages.py": PAGE,
-    "pipeline/report.py": PAGE,
-    "progress_lines.py": "put together from words: FIXED",
-    "serving/front.py": API,
-    "serving/openai_api.py": API,
-    "serving/proxy.py": API,
-    "serving/transformers_engine.py": API,
-}
-NOT_SHOWN_CALLEES = re.compile(
-    r"(.*\.)?(_?log|_?logger|logging)(\..*)?|re\..*|.*\.(startswith|endswith|split|rsplit|partition|replace|removeprefix"
-    r"|removesuffix|execute|executescript|einsum|unpack|pack|write_text|filterwarnings|get|setattr|encode|strptime"
-    r"|strftime|find|index|count|unshare|Counter|Gauge|Histogram)|struct\..*|np\..*|torch\..*|Counter|Gauge|Histogram"
-    r"|AssertionError|HTTPException|json\.dumps|html\.escape|typer\.Typer|getenv|getattr|hasattr|Literal|TypeVar|cast"
-    r"|Refusal|httpx\..*|_Kernel|key_of|self\._log|_call"
-)
-NOT_SHOWN_KEYWORDS = {
-    "metavar",
-    "encoding",
-    "errors",
-    "param_decls",
-    "option",
-    "off",
-    "key",
-    "mode",
-    "pattern",
-    "alias",
-}
-FIXED = {
-    "typer": [
-        "Usage: ", "Options", "Arguments", "Commands", "Error: ", "Try '{1}' for help.", "Show this message and exit.",
-        "Missing command.", "No such command {1}.", "No such command {1}. Did you mean {2}?", "No such option: {1}",
-        "Possible options: {1}", "Invalid value for {1}: {2}", "Invalid value: {1}", "Missing argument {1}.",
-        "Missing option {1}.", "Missing parameter: {1}", "Got unexpected extra argument(s) ({1})", "Aborted!",
-        "Option {1} requires an argument.", "Option {1} requires {2} arguments.", "Option {1} does not take a value.",
-        "Input should be a valid integer, unable to parse string as an integer",
-        "Input should be a valid number, unable to parse string as a number",
-        "Install completion for the current shell.",
-        "Show completion for the current shell, to copy it or customize the installation.",
-    ],
-    "progress": [
-        "{1} of {2}", "done in {1}", "about {1} left", "still running after {1}", "stopped", "waiting", "running",
-        "done", "failed", "unchanged", "left", "stopping", "warning: ", "error: ", "hint: ",
-    ],
-    "values": ["yes", "no"],
-}  # fmt: skip
-"""Words of typer's own, and those that the code puts together: by hand, since no expression holds them whole."""
-
-NOT_SHOWN: set[str] = set()
-"""Text for models, patterns for logs of others, and keys: what reads like a message and is none."""
 
 MOST_VARIANTS = 8
 PLURAL = "{s}"
@@ -278,18 +202,10 @@ def renumbered(template: str) -> str:
     return re.sub(r"\{\d+\}", lambda _: f"{{{next(number)}}}", template)
 
 
-_CODE = re.compile(
-    r".*(</|/>|\bimport \w+[,;]|=\{\d|\.\*|\\d).*|\s*(SELECT|CREATE|INSERT|UPDATE|DELETE|PRAGMA|ALTER|Bearer)\b.*"
-    r"|edgetool [a-z0-9{}-]+( [a-z]+)?( ([A-Z{]|-).*)?|(pip|chmod|kill|unset|import|sudo) \S+( \S+)?",
-    re.DOTALL,
-)
-"""Markup, patterns, queries, and command lines that are nothing but that."""
-
-
 def _for_people(template: str, node: ast.expr, module: Module) -> bool:
     literal = HOLE.sub(" ", template)
     words = re.findall(r"(?<![\w.\-/])[A-Za-z][a-z']+(?![\w/]|[.-]\w)", literal)
-    if template in NOT_SHOWN or _CODE.fullmatch(template):
+    if template in NOT_SHOWN or CODE.fullmatch(template):
         return False
     enough = 1 if HOLE.search(template) and " " in template else 2
     return len(words) >= enough and sum(map(len, words)) >= 4 and " " in template
@@ -312,6 +228,8 @@ def _left_out(module: Module, node: ast.AST) -> bool:
                 return True
             if callee == "setting" and child in parent.args and parent.args.index(child) != 2:
                 return True
+            if callee.rpartition(".")[2] in {"Option", "Argument"}:
+                return False
         if isinstance(parent, ast.arguments):
             return True
         first = first and isinstance(parent, ast.JoinedStr)
@@ -323,10 +241,7 @@ def _documented(module: Module) -> Iterator[tuple[str, int]]:
     """Help of commands: their docstrings, a paragraph each."""
     for node in ast.walk(module.tree):
         decorators = [ast.unparse(one) for one in getattr(node, "decorator_list", [])]
-        if isinstance(node, ast.FunctionDef) and (
-            any(re.search(r"\bapp\.|with_common", one) for one in decorators)
-            or (module.path.startswith("commands/") and f"{node.name}.{node.name}" in _command_table())
-        ):
+        if isinstance(node, ast.FunctionDef) and any(re.search(r"\bapp\.|with_common", one) for one in decorators):
             for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
                 yield " ".join(paragraph.split()), node.lineno
 
@@ -364,16 +279,13 @@ def _words(module: Module) -> Iterator[tuple[str, int]]:
                             yield words(key.value), key.lineno
 
 
-@functools.cache
-def _command_table() -> str:
-    return (SOURCE / "cli.py").read_text(encoding="utf-8")
-
-
 def _word(module: Module, node: ast.AST | None) -> Iterator[tuple[str, int]]:
     """A constant of letters, unless it is a key or is compared."""
-    if not (isinstance(node, ast.Constant) and re.fullmatch(r"[A-Za-z][a-zA-Z' ]+", str(node.value))):
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return
+    if not re.fullmatch(r"[A-Za-z][a-zA-Z' ]+", node.value):
         return
     parent = module.parents.get(node)
     asked = isinstance(parent, ast.Call) and ast.unparse(parent.func).endswith(("get", "getattr"))
     if not asked and not isinstance(parent, ast.Subscript | ast.Compare):
-        yield str(node.value), node.lineno
+        yield node.value, node.lineno

@@ -43,7 +43,7 @@ def faults(entries: dict[str, str]) -> list[str]:
             found.append(f"{english!r} has the values {sorted(wanted)}, and {chinese!r} {sorted(named)}")
         if not chinese.strip():
             found.append(f"{english!r} has no translation")
-        if prose := english_prose(chinese):
+        if english != chinese and (prose := english_prose(chinese)):
             found.append(f"{chinese!r} still says {prose!r}")
     return found
 
@@ -51,7 +51,7 @@ def faults(entries: dict[str, str]) -> list[str]:
 def english_prose(chinese: str) -> str | None:
     """English left in a translation: three words of lower case in a row that no command, option or name explains."""
     text = re.sub(r"`[^`]*`|'[^']*'|\"[^\"]*\"|“[^”]*”", " ", HOLE.sub("{}", chinese))
-    text = re.sub(r"\b(edgetool|pip|python|chmod|install|ray|nvidia-smi|kill)( [^\s，。；：）]+)+", " ", text)
+    text = re.sub(r"\b(edgetool|pip|python|chmod|install|ray|hf|docker|nvidia-smi|kill)( [^\s，。；：）]+)+", " ", text)
     match = re.search(r"(?<![\w.=/-])[a-z]+(?: [a-z]+){2,}(?![\w=/-])", text)
     return match[0] if match else None
 
