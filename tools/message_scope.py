@@ -45,7 +45,7 @@ NOT_SHOWN_CALLEES = re.compile(
     r"|removesuffix|execute|executescript|einsum|unpack|pack|write_text|filterwarnings|get|setattr|encode|strptime"
     r"|strftime|find|index|count|unshare|Counter|Gauge|Histogram)|struct\..*|np\..*|torch\..*|Counter|Gauge|Histogram"
     r"|AssertionError|HTTPException|json\.dumps|html\.escape|typer\.Typer|getenv|getattr|hasattr|Literal|TypeVar|cast"
-    r"|Refusal|httpx\..*|_Kernel|key_of|self\._log|_call"
+    r"|Refusal|httpx\..*|key_of|self\._log|_call"
 )
 NOT_SHOWN_KEYWORDS = {
     "metavar",
@@ -75,7 +75,11 @@ FIXED = {
         "{1} of {2}", "done in {1}", "about {1} left", "still running after {1}", "stopped", "waiting", "running",
         "done", "failed", "unchanged", "left", "stopping", "warning: ", "error: ", "hint: ",
     ],
-    "values": ["yes", "no"],
+    "values": [
+        "absent", "unfinished", "outdated", "broken", "yours", "leased", "orphan", "foreign", "system", "lost",
+        "starting", "NVIDIA GPU from 7.5", "NVIDIA or AMD GPU", "GPTQ and AWQ", "GPTQ (archived)", "AWQ (archived)",
+        "AVX2 or AVX512", "Hopper GPU (9.0)", "nothing", "exit",
+        "started", "all", "yes", "no", "interrupted (SIGINT)", "terminated (SIGTERM)"],
 }  # fmt: skip
 """Words of typer's own, and those that the code puts together: by hand, since no expression holds them whole."""
 

@@ -207,8 +207,11 @@ def _for_people(template: str, node: ast.expr, module: Module) -> bool:
     words = re.findall(r"(?<![\w.\-/])[A-Za-z][a-z']+(?![\w/]|[.-]\w)", literal)
     if template in NOT_SHOWN or CODE.fullmatch(template):
         return False
+    parent = module.parents.get(node)
+    if isinstance(parent, ast.Call) and ast.unparse(parent.func) == "setting" and " or " in template:
+        return True  # 2, 3, 4 or 8
     enough = 1 if HOLE.search(template) and " " in template else 2
-    return len(words) >= enough and sum(map(len, words)) >= 4 and " " in template
+    return len(words) >= enough and sum(map(len, words)) >= 3 and " " in template
 
 
 def _left_out(module: Module, node: ast.AST) -> bool:
@@ -249,6 +252,13 @@ def _documented(module: Module) -> Iterator[tuple[str, int]]:
 def _words(module: Module) -> Iterator[tuple[str, int]]:
     """Single words that are shown as such: headers, titles, names of rows, tasks and states."""
     for node in ast.walk(module.tree):
+        if isinstance(node, ast.IfExp) and module.path.startswith("commands/"):
+            for branch in (node.body, node.orelse):
+                yield from _word(module, branch)
+        in_commands = module.path.startswith("commands/")
+        if in_commands and isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "headers":
+            for part in ast.walk(node.value):
+                yield from _word(module, part)
         if not isinstance(node, ast.Call):
             continue
         callee = ast.unparse(node.func).rsplit(".", 1)[-1]

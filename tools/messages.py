@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import message_names
 from message_templates import HOLE, SOURCE, templates
 
 CATALOGUE = SOURCE / "messages" / "zh_CN.json"
@@ -32,6 +33,17 @@ def write(entries: dict[str, str]) -> None:
     """Write the catalogue, sorted, so that two branches rarely change the same line."""
     ordered = dict(sorted(entries.items()))
     CATALOGUE.write_text(json.dumps(ordered, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def said() -> dict[str, list[str]]:
+    """Everything that must have a translation, each with the places that it comes from."""
+    return message_names.needed() | templates()
+
+
+def stale(entries: dict[str, str]) -> list[str]:
+    """Entries that no code says any more."""
+    known = said().keys() | message_names.possible()
+    return [english for english in entries if english not in known]
 
 
 def faults(entries: dict[str, str]) -> list[str]:
@@ -64,28 +76,29 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--where", metavar="TEXT")
     given = parser.parse_args()
-    said, entries = templates(), read()
+    wanted, entries = said(), read()
     if given.where is not None:
-        print("\n".join(f"{english!r}: {', '.join(said[english])}" for english in said if given.where in english))
+        print("\n".join(f"{english!r}: {', '.join(wanted[english])}" for english in wanted if given.where in english))
         return 0
     if given.add:
         text = sys.stdin.read() if given.add == "-" else Path(given.add).read_text(encoding="utf-8")
         write(entries | {english: chinese for english, chinese in json.loads(text).items() if chinese})
         return 0
-    missing = {english: "" for english in said if english not in entries}
-    stale = [english for english in entries if english not in said]
     if given.prune:
-        write({english: chinese for english, chinese in entries.items() if english in said})
+        unused = set(stale(entries))
+        write({english: chinese for english, chinese in entries.items() if english not in unused})
         return 0
+    missing = {english: "" for english in wanted if english not in entries}
     if not given.check:
         print(json.dumps(missing, ensure_ascii=False, indent=1))
         return 0
-    for label, wrong in (("no translation", list(missing)), ("said no more", stale), ("wrong", faults(entries))):
-        for one in wrong:
-            print(f"{label}: {one}", file=sys.stderr)
-    if missing or stale:
+    wrong = {"no translation": list(missing), "said no more": stale(entries), "wrong": faults(entries)}
+    for title, found in wrong.items():
+        for one in found:
+            print(f"{title}: {one}", file=sys.stderr)
+    if any(wrong.values()):
         print("see tools/messages.py --help", file=sys.stderr)
-    return 1 if missing or stale or faults(entries) else 0
+    return int(any(wrong.values()))
 
 
 if __name__ == "__main__":

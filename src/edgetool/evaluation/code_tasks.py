@@ -247,7 +247,7 @@ def _verdicts(work: _Work, problems: Sequence[CodeProblem], texts: Sequence[str]
         return judge(sandbox, work.dataset, *pair, stopped=work.stop.is_set)
 
     try:
-        for pair, verdict in work.each(f"{work.dataset}, tests", missing, len(found), threads, act):
+        for pair, verdict in work.each(f"tests of {work.dataset}", missing, len(found), threads, act):
             found[pair[0].task_id] = verdict
             if verdict.why is None and "timeout" not in (verdict.base, verdict.plus):
                 kept = {"solution": verdict.solution, "base": verdict.base, "plus": verdict.plus}

@@ -36,7 +36,7 @@ def held_out_perplexity(model: StreamedModel, tokenizer: Any, name: str, progres
 
     ids = tokenizer(evaluation_text(), verbose=False)["input_ids"]
     windows = perplexity.windows(ids, CONTEXT, EVALUATION_TOKENS)
-    return perplexity.measure(model, windows, progress, f"perplexity, {name}").perplexity
+    return perplexity.measure(model, windows, progress, f"perplexity of {name}").perplexity
 
 
 def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
