@@ -12,7 +12,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo           quantise a real small model and compare it with the original"
 	@echo "make test           the tests: no GPU, no hub"
-	@echo "make check          ruff, mypy --strict, import direction, fresh documentation"
+	@echo "make check          ruff, mypy --strict, import direction, fresh documentation, whole translations"
 	@echo "make docs           write docs/cli.md, docs/config.md and docs/exit-codes.md again"
 	@echo "make test-slow      servers, environments and whole compilations, as real processes"
 	@echo "make test-vllm      tests that load results into vLLM's CPU build"
@@ -36,6 +36,7 @@ check: $(READY)
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_docs.py --check
+	$(BIN)/python tools/messages.py --check
 
 docs: $(READY)
 	$(BIN)/python tools/generate_docs.py

@@ -1,7 +1,8 @@
-"""Names of rows and columns: keys of documents, which tables show in words (`peak_rss_bytes` as "peak memory").
+"""What is to be translated and is known by importing edgetool: names of rows and columns, requirements of settings.
 
-What must be translated are the properties of the published schemas (docs/schemas). What may be is every key that the
-code writes down: some tables show more than a document has.
+Names are keys of documents, which tables show in words (`peak_rss_bytes` as "peak memory"). What must be translated are
+the properties of the published schemas (docs/schemas). What may be is every key that the code writes down: some tables
+show more than a document has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetool.commands._blocks import words
+from edgetool.config import SECTIONS, must_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = ROOT / "docs" / "schemas"
@@ -29,6 +31,16 @@ def needed() -> dict[str, list[str]]:
         if not path.name.startswith(NO_TABLES):
             for key in _properties(json.loads(path.read_text(encoding="utf-8"))):
                 found.setdefault(words(key), []).append(path.name)
+    return found
+
+
+def requirements() -> dict[str, list[str]]:
+    """What a setting has to be, in words: some are put together from lists, so they are read from the sections."""
+    found: dict[str, list[str]] = {}
+    for name, section in SECTIONS.items():
+        for key, field in section.model_fields.items():
+            if " " in must_of(field):
+                found.setdefault(must_of(field), []).append(f"[{name}] {key}")
     return found
 
 

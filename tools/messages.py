@@ -37,7 +37,7 @@ def write(entries: dict[str, str]) -> None:
 
 def said() -> dict[str, list[str]]:
     """Everything that must have a translation, each with the places that it comes from."""
-    return message_names.needed() | templates()
+    return message_names.needed() | message_names.requirements() | templates()
 
 
 def stale(entries: dict[str, str]) -> list[str]:

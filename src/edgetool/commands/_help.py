@@ -67,15 +67,16 @@ def translate(command: Any) -> None:
 
 def translate_error(error: Any) -> None:
     """Let an error that typer would put in words say them in the language that is spoken."""
-    of_command_line = callable(getattr(error, "format_message", None)) and getattr(error, "ctx", None) is not None
-    if of_command_line and not type(error).__name__.startswith("NoArgs"):  # that one is a whole help page
+    # a missing command is answered with a whole help page, which is translated already
+    if callable(getattr(error, "format_message", None)) and not type(error).__name__.startswith("NoArgs"):
         error.show = functools.partial(_show, error)
 
 
 def _show(error: Any, file: IO[Any] | None = None) -> None:
-    context = error.ctx
-    typer.echo(context.get_usage(), file=file, err=True)
-    typer.echo(translated(f"Try '{context.command_path} --help' for help.") + "\n", file=file, err=True)
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        typer.echo(context.get_usage(), file=file, err=True)
+        typer.echo(translated(f"Try '{context.command_path} --help' for help.") + "\n", file=file, err=True)
     typer.echo(label("Error: ") + translated(error.format_message()), file=file, err=True)
 
 

@@ -57,20 +57,16 @@ class Request:
             return None
 
     def __str__(self) -> str:
-        parts = []
+        things = []
         if self.gpus:
-            parts.append(f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}")
-            if self.gpu_class:
-                parts.append(f"of class {self.gpu_class}")
-            if self.min_free_bytes:
-                parts.append(f"with {gib(self.min_free_bytes)} free")
-            if self.exclusive:
-                parts.append("used by nobody else")
-        things = [" ".join(parts)] if parts else []
+            of_class = f" of class {self.gpu_class}" if self.gpu_class else ""
+            with_memory = f" with {gib(self.min_free_bytes)} free" if self.min_free_bytes else ""
+            alone = " used by nobody else" if self.exclusive else ""
+            things += [f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}{of_class}{with_memory}{alone}"]
         things += [f"{self.ports} port{'s' if self.ports > 1 else ''}"] if self.ports else []
         things += [f"port {self.port}"] if self.port is not None else []
         things += [f"board {self.board}"] if self.board is not None else []
-        return " and ".join(things) or "nothing"
+        return ", ".join(things) or "nothing"
 
 
 @dataclass(frozen=True)
