@@ -75,7 +75,14 @@ FIXED = {
         "{1} of {2}", "done in {1}", "about {1} left", "still running after {1}", "stopped", "waiting", "running",
         "done", "failed", "unchanged", "left", "stopping", "warning: ", "error: ", "hint: ",
     ],
+    "the system": [
+        "No such file or directory", "Permission denied", "Not a directory", "Is a directory", "File exists",
+        "No space left on device", "Read-only file system", "Input/output error", "Too many open files",
+        "Connection refused", "Address already in use", "Cannot allocate memory", "Operation not permitted",
+        "Expecting value: line {1} column {2} (char {3})",
+    ],
     "values": [
+        "no {1}",
         "absent", "unfinished", "outdated", "broken", "yours", "leased", "orphan", "foreign", "system", "lost",
         "starting", "NVIDIA GPU from 7.5", "NVIDIA or AMD GPU", "GPTQ and AWQ", "GPTQ (archived)", "AWQ (archived)",
         "AVX2 or AVX512", "Hopper GPU (9.0)", "nothing", "exit",

@@ -244,7 +244,7 @@ def _documented(module: Module) -> Iterator[tuple[str, int]]:
     """Help of commands: their docstrings, a paragraph each."""
     for node in ast.walk(module.tree):
         decorators = [ast.unparse(one) for one in getattr(node, "decorator_list", [])]
-        if isinstance(node, ast.FunctionDef) and any(re.search(r"\bapp\.|with_common", one) for one in decorators):
+        if isinstance(node, ast.FunctionDef) and any(re.search(r"\bapp\.|\bwith_", one) for one in decorators):
             for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
                 yield " ".join(paragraph.split()), node.lineno
 
