@@ -10,6 +10,7 @@ tools/messages.py --where TEXT  says which lines of code say the entries that co
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -35,6 +36,7 @@ def write(entries: dict[str, str]) -> None:
     CATALOGUE.write_text(json.dumps(ordered, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+@functools.cache
 def said() -> dict[str, list[str]]:
     """Everything that must have a translation, each with the places that it comes from."""
     return message_names.needed() | message_names.requirements() | templates()

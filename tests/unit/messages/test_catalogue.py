@@ -20,6 +20,7 @@ ENTRIES = {
     "tensor {1} is missing": "缺少张量 {1}",
     "stopped on request: {1}": "应要求停止：{1}",
     "everything is kept": "全部保留",
+    "port {1} (used by {2}, {3})": "端口 {1}（由 {2} 使用，{3}）",
     "waited {1} s": "等待了 {1} s",
     "nothing answers at {1}": "{1} 上没有应答",
     "{1} of {2}": "{1}/{2}",
@@ -71,6 +72,10 @@ def test_a_value_that_is_a_sentence_is_translated_in_turn(chinese: Catalogue) ->
             "group_size 1 不能整除 in_features 2；缺少张量 a",
         ),
         ("x/y: tensor a is missing", "x/y: 缺少张量 a"),
+        ("done: tensor a is missing", "done: 缺少张量 a"),
+        ("(a) b) c: no such directory", "(a) b) c：没有这个目录"),
+        ("cannot write a (b): disk full while writing c (d)", "无法写入 a (b)：写入 c 时磁盘已满 (d)"),
+        ("port 1 (used by a, b); port 2 (used by c, d)", "端口 1（由 a 使用，b）；端口 2（由 c 使用，d）"),
         ("tensor a is missing (waited 3 s)", "缺少张量 a（等待了 3 s）"),
         ("nothing answers at http://h:1 (ConnectError)", "http://h:1 上没有应答 (ConnectError)"),
         ("- tensor a is missing\n- choose another --output", "- 缺少张量 a\n- 换一个 --output"),
@@ -85,6 +90,7 @@ def test_sentences_put_together_are_translated_each(chinese: Catalogue, english:
     [
         "what nobody has translated",
         "done",
+        "done: said by a step of this name",
         "",
         "   ",
         "perplexity, arc_easy",
@@ -113,6 +119,14 @@ def test_hostile_text_costs_no_more_than_its_length() -> None:
     begun = time.process_time()
     assert many.sentence(text) == text
     assert time.process_time() - begun < 1  # a backtracking search would take hours
+
+
+def test_long_lists_cost_no_more_than_short_ones(chinese: Catalogue) -> None:
+    begun = time.process_time()
+    for mark in (", ", ": ", "; ", " (", "\n", "- "):
+        text = f"a{mark}" * 900 + "tensor a is missing"
+        assert len(chinese.sentence(text)) > 1000
+    assert time.process_time() - begun < 10
 
 
 def test_values_with_marks_of_templates_in_them_change_nothing(chinese: Catalogue) -> None:
