@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_UNIT = re.compile(
-    r"\s+|[\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\u3000-\u303f]|[^\s\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\u3000-\u303f]+"
-)
-_NOT_FIRST = frozenset("，。；：、！？）」』》】”’…")
-_NOT_LAST = frozenset("（「『《【“‘")
+_WIDE = r"\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60"
+_UNIT = re.compile(rf"\s+|[{_WIDE}]|[^\s{_WIDE}]+")
+_NOT_FIRST = frozenset("])，。；：、！？）」』》】”’…")
+_NOT_LAST = frozenset("[(（「『《【“‘")
 
 
 def cells(text: str) -> int:

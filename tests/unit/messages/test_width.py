@@ -26,7 +26,7 @@ def test_no_line_is_too_wide_and_nothing_is_lost(width: int) -> None:
     assert "".join(lines).replace(" ", "") == TEXT.replace(" ", "")
     for line in lines:
         assert cells(line) <= width or " " not in line.strip()
-        assert line[0] not in "，。：、）" and line[-1] not in "（"
+        assert line[0] not in "，。：、）]" and line[-1] not in "（["
 
 
 def test_random_text_is_never_lost() -> None:
