@@ -82,7 +82,7 @@ FIXED = {
         "Expecting value: line {1} column {2} (char {3})",
     ],
     "values": [
-        "no {1}",
+        "no {1}", "error: {1}", "see docs/config.md",
         "absent", "unfinished", "outdated", "broken", "yours", "leased", "orphan", "foreign", "system", "lost",
         "starting", "NVIDIA GPU from 7.5", "NVIDIA or AMD GPU", "GPTQ and AWQ", "GPTQ (archived)", "AWQ (archived)",
         "AVX2 or AVX512", "Hopper GPU (9.0)", "nothing", "exit",

@@ -204,13 +204,14 @@ def renumbered(template: str) -> str:
 
 def _for_people(template: str, node: ast.expr, module: Module) -> bool:
     literal = HOLE.sub(" ", template)
-    words = re.findall(r"(?<![\w.\-/])[A-Za-z][a-z']+(?![\w/]|[.-]\w)", literal)
+    words = re.findall(r"(?<![\w.\-/])[A-Za-z][a-z_']+(?![\w/]|[.-]\w)", literal)
     if template in NOT_SHOWN or CODE.fullmatch(template):
         return False
     parent = module.parents.get(node)
     if isinstance(parent, ast.Call) and ast.unparse(parent.func) == "setting" and " or " in template:
         return True  # 2, 3, 4 or 8
-    enough = 1 if HOLE.search(template) and " " in template else 2
+    raised = isinstance(parent, ast.Call) and re.match(r"[A-Z]\w+$|out_of_memory", ast.unparse(parent.func))
+    enough = 1 if raised or HOLE.search(template) else 2
     return len(words) >= enough and sum(map(len, words)) >= 3 and " " in template
 
 

@@ -78,7 +78,7 @@ def _run_peer(
         return {"plan": plan}
     with out:
         try:
-            with stop_requests() as stop, out_of_memory_named("quantising"):
+            with stop_requests() as stop, out_of_memory_named("quantising the model"):
                 run = _PeerRun(peer, config, common, envs, source, checkpoint, prepared, out.partial, stop, progress)
                 manifest = run.manifest(started)
             with disk_errors(out.partial):

@@ -57,7 +57,7 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
             manifest = read_json_object(finished)
             refuse_other_run(out.partial, manifest, config, checkpoint)
         else:
-            with stop_requests() as stop, out_of_memory_named("quantising"):
+            with stop_requests() as stop, out_of_memory_named("quantising the model"):
                 manifest = _Run(config, common, source, checkpoint, prepared, out, stop, progress, started).manifest()
             with disk_errors(out.partial):
                 write_manifest(out.partial, manifest)
