@@ -43,9 +43,9 @@ NOT_SHOWN_MODULES = {
 NOT_SHOWN_CALLEES = re.compile(
     r"(.*\.)?(_?log|_?logger|logging)(\..*)?|re\..*|.*\.(startswith|endswith|split|rsplit|partition|replace|removeprefix"
     r"|removesuffix|execute|executescript|einsum|unpack|pack|write_text|filterwarnings|get|setattr|encode|strptime"
-    r"|strftime|find|index|count|unshare|Counter|Gauge|Histogram)|struct\..*|np\..*|torch\..*|Counter|Gauge|Histogram"
+    r"|strftime|find|index|count|Counter|Gauge|Histogram)|struct\..*|np\..*|torch\..*|Counter|Gauge|Histogram"
     r"|AssertionError|HTTPException|json\.dumps|html\.escape|typer\.Typer|getenv|getattr|hasattr|Literal|TypeVar|cast"
-    r"|Refusal|httpx\..*|key_of|self\._log|_call"
+    r"|Refusal|httpx\..*|key_of|self\._log"
 )
 NOT_SHOWN_KEYWORDS = {
     "metavar",
@@ -82,7 +82,8 @@ FIXED = {
         "Expecting value: line {1} column {2} (char {3})",
     ],
     "values": [
-        "no {1}", "error: {1}", "see docs/config.md",
+        "choose with --endpoint-model NAME", "the KV cache", "constant {1}",
+        "Input should be a valid integer", "no {1}", "error: {1}", "see docs/config.md",
         "absent", "unfinished", "outdated", "broken", "yours", "leased", "orphan", "foreign", "system", "lost",
         "starting", "NVIDIA GPU from 7.5", "NVIDIA or AMD GPU", "GPTQ and AWQ", "GPTQ (archived)", "AWQ (archived)",
         "AVX2 or AVX512", "Hopper GPU (9.0)", "nothing", "exit",
@@ -112,9 +113,9 @@ NOT_SHOWN = {
 }  # fmt: skip
 
 CODE = re.compile(
-    r".*(</|/>|\bimport \w+[,;.]|=\{\d|\.\*|\\[dp.]|^def |\n  \").*"  # markup, programs, patterns
+    r".*(</|/>|\bimport \w+[,;.]|=\"\{\d|\.\*|\\[dp.]|^def |\n  \").*"  # markup, programs, patterns
     r"|\s*(SELECT|CREATE|INSERT|UPDATE|DELETE|PRAGMA|ALTER|WITH|WHERE|Bearer)\b.*"
-    r"|(edgetool|pip) [a-z0-9{}-]+( [a-z]+)?( (['A-Z{]|-|http).*)?|pip install .*"
+    r"|(edgetool|pip) [a-z0-9{}-]+( [a-z]+)?( (\{\d+\}|[A-Z.]+|http\S+|--?[\w-]+( [\w{}:/.*-]+)?))*|pip install .*"
     r"|(chmod|kill|unset|import) \S+( \S+)?|\{1\} -m \w+"
     r"|layers\.\{.*|\[Round.*|\{\"prompt.*|abstract_algebra .*",
     re.DOTALL,
