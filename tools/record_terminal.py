@@ -29,7 +29,7 @@ OUTPUT = ROOT / "docs" / "images" / "terminal.svg"
 COLUMNS, ROWS = 96, 100
 
 COMMANDS = [
-    "edgetool quantize demo -o out --group-size 64",
+    "edgetool quantize demo -o out --group-size 64 --calib-samples 32",
     "edgetool compile-vcu128 out -o image --lm-head rtn4 --quiet > plan.txt; tail -n 18 plan.txt | head -n 4",
     "edgetool chat --image image -m 'What is the capital of France?' --temperature 0",
 ]
@@ -65,7 +65,7 @@ class Screen:
         arguments, letter = control.groups()
         if control[0] == "\n":
             self.row += 1
-            self._again = False
+            self._again = True  # the terminal makes \r\n of it
             if self.row == len(self.lines):
                 self.lines.append("")
         elif control[0] == "\r":

@@ -79,6 +79,16 @@ def test_edgetool_says_it(said: str, places: dict[str, Path], tmp_path: Path, mo
     assert result.exit_code in ((0,) if words[0] == "inspect" else (2, 3, 4, 5, 6)), result.output
 
 
+def test_the_remedy_for_mislabelled_zero_points_changes_the_label_and_nothing_else(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(places["mislabelled"], tmp_path / "copy"))
+    weights = (copy / "model.safetensors").read_bytes()
+    quantized("convert", "--fix-config", copy)
+    assert json.loads(invoke("inspect", copy, "--json").stdout)["problems"] == []
+    assert (copy / "model.safetensors").read_bytes() == weights
+
+
 def test_the_page_quotes_what_is_provoked_and_nothing_else() -> None:
     rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     symptoms, answers = ({words for row in rows for words in re.findall(r"`([^`]+)`", row[i])} for i in (0, 1))
