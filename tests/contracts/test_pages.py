@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ import typer.main
 from edgetool.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = [path for pattern in ("*.md", "docs/*.md", "examples/*.*", "tests/golden/*.md") for path in ROOT.glob(pattern)]
+FILES = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.[mty]*", "tests/golden/*.md")
+    for path in ROOT.glob(pattern)
+]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(FILES)}
 GENERATED = {"docs/cli.md", "docs/config.md"}
 WRITTEN = [name for name in PAGES if name not in GENERATED]
@@ -24,6 +29,7 @@ NOT_YET = {"docs/json.md", "docs/shell.md", "examples/README.md"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])")
+REDIRECTION = re.compile(r"\s\d?(?:>>?|<)\s*(?:&\d|\S+)")
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*")
 
 OTHERS = {
@@ -98,7 +104,7 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_every_command_line_parses(page: str, line: str) -> None:
-    words = shlex.split(re.sub(r"\s\.\.\.", "", line).replace("[", "").replace("]", ""), comments=True)[1:]
+    words = shlex.split(REDIRECTION.sub("", re.sub(r"\s\.\.\.|[\[\]]", "", line)), comments=True)[1:]
     if not words or PLACEHOLDER.fullmatch(words[0]) or words[0] in ("--version", "--help", "COMMAND"):
         return
     if "--help" in words:
@@ -141,7 +147,13 @@ def test_no_page_names_a_variable_that_does_not_exist(page: str) -> None:
 
 def test_every_page_can_be_found_from_the_index() -> None:
     linked = {target.partition("#")[0] for page, target in links() if page == "docs/README.md"}
-    assert {Path(name).name for name in PAGES if name.startswith("docs/")} - {"README.md"} <= linked
+    assert {Path(name).name for name in PAGES if Path(name).parent == Path("docs")} - {"README.md"} <= linked
+
+
+def test_the_page_of_the_scheduler_has_the_layers_that_import_linter_holds() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (one["layers"] for one in settings if one.get("containers") == ["edgetool.scheduler"])
+    assert "\n" + " -> ".join(layers) + "\n" in PAGES["docs/scheduler.md"]
 
 
 def test_the_readme_is_read_in_five_minutes() -> None:
