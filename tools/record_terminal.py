@@ -26,11 +26,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "images" / "terminal.svg"
-COLUMNS, ROWS = 96, 100
+COLUMNS, ROWS = 100, 100
 
 COMMANDS = [
     "edgetool quantize demo -o out --group-size 64 --calib-samples 32",
-    "edgetool compile-vcu128 out -o image --lm-head rtn4 --quiet > plan.txt; tail -n 18 plan.txt | head -n 4",
+    "edgetool compile-vcu128 out -o image --lm-head rtn4 --quiet | grep -A 2 estimate",
     "edgetool chat --image image -m 'What is the capital of France?' --temperature 0",
 ]
 
