@@ -392,7 +392,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(quantize: Quantize, tiny: T
     output = tmp_path / "below" / "out"
     plan = succeeded(quantize(tiny("llama"), output, "--dry-run"))["plan"]
     assert list(tmp_path.iterdir()) == []
-    assert (plan["bits"], plan["group_size"], plan["modules"]) == (4, 32, LAYERS * LINEARS)
+    assert (plan["bits"], plan["group_size"], plan["quantized_modules"]) == (4, 32, LAYERS * LINEARS)
     assert plan["calibration_tokens"] == 4 * 32
     assert plan["memory"]["needed_bytes"] < plan["memory"]["available_bytes"]
     assert plan["disk"]["output_bytes"] < plan["disk"]["needed_bytes"] < plan["disk"]["free_bytes"]

@@ -1,0 +1,384 @@
+"""Write docs/schemas/*.json and docs/schemas/README.md from tools/schemas/*.yaml; `--check` only compares (exit 1).
+
+A source describes one document, in the fewest words that are still a strict schema:
+
+    about: what the document says
+    shapes:                                # parts with a name; those of shared.yaml are known everywhere
+      worst_module:
+        is: object; a module and its error
+        has: {module: "string; its name", relative_error: "ratio or null; 0 is none"}
+    outcomes:                              # what the whole document can be; schema and ok are added
+      result:
+        about: a finished run
+        has:
+          output_bytes: bytes; size of the weight files
+          worst_modules: list of worst_module; the largest errors
+          peak_gpu_bytes?: bytes; on a GPU     # a key that may be missing
+          smoke: {is: object; a question, has: {prompt: "string; what was asked"}}
+      refused: {ok: false, plus: [failure, result], about: ...}    # the keys of other outcomes or shapes as well
+
+The outcome `failure` is added to all. Before the semicolon stands the type: a word of TYPES, a shape, `list of T`, `map of T`, `one of a, b`, joined by `or`.
+Every key has a description, all are required that are not marked, and no others are allowed. A written file stands
+alone: the shapes that it uses are in its $defs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "tools" / "schemas"
+DOCS = ROOT / "docs" / "schemas"
+NOTE = "<!-- written by tools/generate_schemas.py (`make docs`): edit tools/schemas/, not this file -->\n"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+VERSION = 1
+
+TYPES: dict[str, dict[str, Any]] = {
+    "string": {"type": "string"},
+    "path": {"type": "string", "minLength": 1},
+    "time": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)$"},
+    "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    "boolean": {"type": "boolean"},
+    "null": {"type": "null"},
+    "integer": {"type": "integer"},
+    "count": {"type": "integer", "minimum": 0},
+    "bytes": {"type": "integer", "minimum": 0},
+    "tokens": {"type": "integer", "minimum": 0},
+    "pid": {"type": "integer", "minimum": 1},
+    "port": {"type": "integer", "minimum": 0, "maximum": 65535},
+    "number": {"type": "number"},
+    "seconds": {"type": "number", "minimum": 0},
+    "ratio": {"type": "number", "minimum": 0},
+    "share": {"type": "number", "minimum": 0, "maximum": 1},
+    "object": {"type": "object"},
+    "anything": {},
+}
+UNITS = {"bytes": "bytes", "tokens": "tokens", "seconds": "seconds", "share": "0 to 1"}
+SCALARS = {"string", "integer", "number", "boolean", "null"}
+
+
+class Source:
+    """One YAML source, beside the shapes that all of them know."""
+
+    def __init__(self, name: str, content: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+        self.name = name
+        self.about: str = content["about"]
+        self.shapes: dict[str, Any] = {**shared, **content.get("shapes", {})}
+        if clash := self.shapes.keys() & TYPES.keys():
+            raise ValueError(f"{name}: {clash} are types and cannot be shapes")
+        self.plain: bool = content.get("plain", False)  # without schema and ok: an event, not a document
+        self.outcomes: dict[str, Any] = dict(content.get("outcomes", {}))
+        if not self.plain:
+            self.outcomes["failure"] = {**shared["failure"], "ok": False}
+        self._defs: dict[str, Any] = {}
+
+    @property
+    def title(self) -> str:
+        """What stands in the document's own `schema`."""
+        return f"edgetool.{self.name}/{VERSION}"
+
+    @property
+    def file_name(self) -> str:
+        return f"edgetool.{self.name}.{VERSION}.json"
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema (2020-12) of the document."""
+        self._defs = {}
+        outcomes = {name: self._outcome(name) for name in self.outcomes}
+        return {
+            "$schema": DIALECT,
+            "$id": f"urn:edgetool:schema:{self.name}:{VERSION}",
+            "title": self.title,
+            "description": sentence(self.about),
+            "oneOf": [{"$ref": f"#/$defs/{name}"} for name in outcomes],
+            "$defs": {**outcomes, **dict(sorted(self._defs.items()))},
+        }
+
+    def _keys(self, what: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of an outcome or shape, with those that it takes over from others."""
+        keys: dict[str, Any] = {}
+        for other in what.get("plus", ()):
+            keys |= self._keys(self.shapes.get(other) or self.outcomes[other])
+        given = {key.rstrip("?") for key in what.get("has", {})}
+        return {key: text for key, text in keys.items() if key.rstrip("?") not in given} | what.get("has", {})
+
+    def _outcome(self, name: str) -> dict[str, Any]:
+        what = self.outcomes[name]
+        made = self._object(self._keys(what), what["about"])
+        if not self.plain:
+            head = {
+                "schema": {"const": self.title, "description": "Name and version of this document."},
+                "ok": {"const": what.get("ok", True), "description": "Whether the command did what was asked."},
+            }
+            made["properties"] = head | made["properties"]
+            made["required"] = [*head, *made["required"]]
+        return made
+
+    def _object(self, keys: Mapping[str, Any], about: str) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "description": sentence(about),
+            "properties": {key.rstrip("?"): self._value(what, key) for key, what in keys.items()},
+            "required": [key for key in keys if not key.endswith("?")],
+            "additionalProperties": False,
+        }
+
+    def _value(self, what: str | Mapping[str, Any], where: str) -> dict[str, Any]:
+        if not isinstance(what, str | Mapping):
+            raise ValueError(f"{self.name}: {where!r} says nothing: a comma in a flow mapping?")
+        text = what if isinstance(what, str) else what["is"]
+        kind, semicolon, about = text.partition(";")
+        if not semicolon or not about.strip():
+            raise ValueError(f"{self.name}: {where} has no description: {text!r}")
+        inner = self._object(self._keys(what), about) if isinstance(what, Mapping) else None
+        made = self._type(kind.strip(), inner, where)
+        return {**made, "description": " ".join(about.split()) + unit_of(kind)}
+
+    def _type(self, kind: str, inner: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+        if kind.startswith("one of "):
+            kind, _, also = kind.removeprefix("one of ").partition(" or ")
+            values: list[Any] = [yaml.safe_load(value) for value in kind.split(",")]
+            return {"enum": values + ([None] if also == "null" else [])}
+        alternatives = kind.split(" or ")
+        if len(alternatives) > 1 and not alternatives[0].startswith(("list of", "map of")):
+            made = [self._type(one, inner, where) for one in alternatives]
+            if all(one.keys() <= {"type", "minimum", "maximum"} for one in made) and len(made) == 2:
+                if made[1] == TYPES["null"]:  # the short spelling, which readers know
+                    return {**made[0], "type": [made[0]["type"], "null"]}
+            return {"anyOf": made}
+        if kind.endswith(" or null"):
+            return {"anyOf": [self._type(kind.removesuffix(" or null"), inner, where), TYPES["null"]]}
+        for word, keyword, type_name in (
+            ("list of ", "items", "array"),
+            ("pair of ", "items", "array"),
+            ("map of ", "additionalProperties", "object"),
+        ):
+            if kind.startswith(word):
+                sizes = {"minItems": 2, "maxItems": 2} if word == "pair of " else {}
+                return {"type": type_name, keyword: self._type(kind.removeprefix(word), inner, where), **sizes}
+        if kind == "object" and inner is not None:
+            return dict(inner)
+        if kind in TYPES:
+            if kind == "object":
+                raise ValueError(f"{self.name}: {where} is an object and does not say what it has")
+            return dict(TYPES[kind])
+        if kind in self.shapes:
+            self._shape(kind)
+            return {"$ref": f"#/$defs/{kind}"}
+        raise ValueError(f"{self.name}: {where} is of no known type: {kind!r}")
+
+    def _shape(self, name: str) -> None:
+        if name in self._defs:
+            return
+        self._defs[name] = {}  # it may use itself
+        what = self.shapes[name]
+        if isinstance(what, Mapping) and "is" not in what:
+            self._defs[name] = self._object(self._keys(what), what["about"])
+        else:
+            self._defs[name] = self._value(what, name)
+
+
+def unit_of(kind: str) -> str:
+    """` [bytes]` for what counts bytes."""
+    words = kind.replace(",", " ").split()
+    return "".join(f" [{unit}]" for word, unit in UNITS.items() if word in words and not kind.startswith("one of"))
+
+
+def sentence(text: str) -> str:
+    """With a capital, without line breaks, and with a full stop."""
+    text = " ".join(text.split())
+    first = text.split(" ")[0]
+    text = text if first != first.lower() or "_" in first else text[0].upper() + text[1:]
+    return text if text.endswith((".", "]")) else f"{text}."
+
+
+def sources() -> list[Source]:
+    """All of them, in the order of their names."""
+    shared = yaml.safe_load((SOURCES / "shared.yaml").read_text(encoding="utf-8"))
+    found = []
+    for path in sorted(SOURCES.glob("*.yaml")):
+        if path.stem != "shared":
+            found.append(Source(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")), shared))
+    return found
+
+
+def settings_schema() -> dict[str, Any]:
+    """The schema of `--show-config --json`, from the configuration model itself."""
+    from edgetool.config import SECTIONS
+
+    sections: dict[str, Any] = {}
+    defs: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        made = section.model_json_schema(mode="serialization", ref_template="#/$defs/{model}")
+        defs |= made.pop("$defs", {})
+        sections[name] = _bare(made)
+        sections[name]["required"] = list(made["properties"])
+    settings = {
+        "type": "object",
+        "description": "The sections that the command reads, `common` first.",
+        "properties": {name: {"$ref": f"#/$defs/section_{name}"} for name in sections},
+        "required": ["common"],
+        "additionalProperties": False,
+    }
+    origins = {
+        "type": "object",
+        "description": "section.key -> where its value came from; a key that is missing has its default.",
+        "additionalProperties": {"type": "string", "minLength": 1},
+        "propertyNames": {"pattern": r"^[a-z_]+\.[a-z_0-9]+$"},
+    }
+    return {
+        "$schema": DIALECT,
+        "$id": f"urn:edgetool:schema:config:{VERSION}",
+        "title": f"edgetool.config/{VERSION}",
+        "description": "What `--show-config --json` prints for every command; docs/config.md has the meaning of keys.",
+        "type": "object",
+        "properties": {
+            "schema": {"const": f"edgetool.config/{VERSION}", "description": "Name and version of this document."},
+            "ok": {"const": True, "description": "Whether the command did what was asked."},
+            "config": settings,
+            "origins": origins,
+        },
+        "required": ["schema", "ok", "config", "origins"],
+        "additionalProperties": False,
+        "$defs": {
+            **{f"section_{name}": made for name, made in sections.items()},
+            **{name: _bare(made) for name, made in sorted(defs.items())},
+        },
+    }
+
+
+def _bare(schema: Any) -> Any:
+    """Without pydantic's titles and our own notes on settings, and strict."""
+    if isinstance(schema, list):
+        return [_bare(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, value in schema.items():
+        if key == "properties":  # what is below are names of settings
+            made[key] = {name: _bare(setting) for name, setting in value.items()}
+        elif key not in ("title", "must", "option", "off", "default", "format"):
+            made[key] = _bare(value)
+    return made
+
+
+def files() -> dict[str, str]:
+    """Name -> text of everything in docs/schemas/ that is written here."""
+    described = sources()
+    schemas = {one.file_name: one.schema() for one in described}
+    schemas[f"edgetool.config.{VERSION}.json"] = settings_schema()
+    pages = {name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for name, schema in sorted(schemas.items())}
+    return {**pages, "README.md": reference(described)}
+
+
+INTRODUCTION = """# What `--json` prints
+
+One file for each document, named after the document's own `schema` field: `edgetool.quantize/1` is described by
+[edgetool.quantize.1.json](edgetool.quantize.1.json), a JSON Schema (2020-12) that stands alone. How to read the
+documents in a script is in [json.md](../json.md). A number that is not finite is `null`. Keys in *italics* may be
+missing. Real documents are in [examples/](examples).
+
+"""
+
+
+def reference(described: list[Source]) -> str:
+    """docs/schemas/README.md: every key of every document."""
+    parts = [NOTE, INTRODUCTION]
+    for one in described:
+        parts.append(f"- [{one.title}](#{one.title.replace('.', '').replace('/', '')}): {sentence(one.about)}\n")
+    parts.append(
+        "- [edgetool.config/1](edgetool.config.1.json): what `--show-config --json` prints; its keys are in"
+        " [config.md](../config.md).\n"
+    )
+    for one in described:
+        parts.append(f"\n## {one.title}\n\n{sentence(one.about)}\n")
+        defs = one.schema()["$defs"]
+        names = [name for name in one.outcomes if name != "failure" or one.name == "failure"]
+        for name in names:  # grows: a shape follows those that it is part of
+            kind = "**" if name in one.outcomes else "*"
+            if "properties" not in defs[name]:
+                parts.append(f"\n*{shown(name)}* ({words(defs[name], names)}): {defs[name]['description']}\n")
+                continue
+            parts.append(f"\n{kind}{shown(name)}{kind}: {defs[name]['description']}\n\n")
+            parts.append("| key | type | meaning |\n| --- | --- | --- |\n")
+            for row in rows(defs[name], "", names):
+                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n")
+    return "".join(parts)
+
+
+def shown(name: str) -> str:
+    """The name of an outcome or shape in words."""
+    return name.replace("_", " ")
+
+
+def rows(schema: Mapping[str, Any], prefix: str, shapes: list[str]) -> Iterator[tuple[str, str, str]]:
+    """(key, type, meaning) of every property, nested ones by their path."""
+    for key, value in schema["properties"].items():
+        path = f"{prefix}{key}"
+        if path in ("schema", "ok"):
+            continue
+        name = f"`{path}`" if key in schema["required"] else f"*`{path}`*"
+        yield name, words(value, shapes), value.get("description", "")
+        nested = value
+        while True:
+            if nested.get("type") == "array":
+                nested, path = nested["items"], f"{path}[]"
+            elif isinstance(nested.get("additionalProperties"), dict):
+                nested, path = nested["additionalProperties"], f"{path}.*"
+            elif "anyOf" in nested:
+                nested = nested["anyOf"][0]
+            else:
+                break
+        if "properties" in nested:
+            yield from rows(nested, f"{path}.", shapes)
+
+
+def words(schema: Mapping[str, Any], shapes: list[str]) -> str:
+    """A type as people read it; shapes that it names are added to `shapes`."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        if name not in shapes:
+            shapes.append(name)
+        return shown(name)
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if "enum" in schema:
+        return " or ".join("null" if value is None else str(value) for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(words(one, shapes) for one in schema["anyOf"])
+    kind = schema.get("type", "anything")
+    if isinstance(kind, list):
+        return " or ".join(kind)
+    if kind == "array":
+        return f"list of {words(schema['items'], shapes)}"
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"map of {words(schema['additionalProperties'], shapes)}"
+    return str(kind)
+
+
+def main() -> int:
+    """Write the files, or with `--check` name those that are stale."""
+    made = files()
+    written = {path.name for path in DOCS.glob("*") if path.is_file()}
+    if "--check" in sys.argv:
+        stale = [n for n, text in made.items() if n not in written or (DOCS / n).read_text(encoding="utf-8") != text]
+        stale += sorted(written - made.keys())
+        if stale:
+            print(f"stale: {', '.join(f'docs/schemas/{name}' for name in stale)}; run make docs", file=sys.stderr)
+        return 1 if stale else 0
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for name in written - made.keys():
+        (DOCS / name).unlink()
+    for name, text in made.items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
