@@ -53,13 +53,10 @@ def faults(document: Mapping[str, Any], name: str | None = None) -> list[str]:
         return [f"no schema is named {name}"]
     if validator(name).is_valid(document):
         return []
-    tried = [
-        [
-            f"{name}, {outcome}: {_place(fault)}: {fault.message}"
-            for fault in validator(name, outcome).iter_errors(document)
-        ]
-        for outcome in outcomes(name) or [None]
-    ]
+    tried: list[list[str]] = []
+    for outcome in outcomes(name) or [None]:
+        found = validator(name, outcome).iter_errors(document)
+        tried.append([f"{name}, {outcome}: {_place(fault)}: {fault.message}" for fault in found])
     return min(tried, key=len) or [f"{name}: fits more than one outcome"]
 
 

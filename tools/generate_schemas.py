@@ -17,9 +17,10 @@ A source describes one document, in the fewest words that are still a strict sch
           smoke: {is: object; a question, has: {prompt: "string; what was asked"}}
       refused: {ok: false, plus: [failure, result], about: ...}    # the keys of other outcomes or shapes as well
 
-The outcome `failure` is added to all. Before the semicolon stands the type: a word of TYPES, a shape, `list of T`, `map of T`, `one of a, b`, joined by `or`.
-Every key has a description, all are required that are not marked, and no others are allowed. A written file stands
-alone: the shapes that it uses are in its $defs.
+The outcome `failure` is added to all. Before the semicolon stands the type: a word of TYPES, a shape, `list of T`,
+`pair of T`, `map of T`, `one of a, b`, or several with `or` between them; `or null` after a list or map is about the
+whole. Every key has a description, all are required that are not marked, and no others are allowed. A written file
+stands alone: the shapes that it uses are in its $defs.
 """
 
 from __future__ import annotations
@@ -148,9 +149,9 @@ class Source:
         alternatives = kind.split(" or ")
         if len(alternatives) > 1 and not alternatives[0].startswith(("list of", "map of")):
             made = [self._type(one, inner, where) for one in alternatives]
-            if all(one.keys() <= {"type", "minimum", "maximum"} for one in made) and len(made) == 2:
-                if made[1] == TYPES["null"]:  # the short spelling, which readers know
-                    return {**made[0], "type": [made[0]["type"], "null"]}
+            simple = made[0].keys() <= {"type", "minimum", "maximum"} and "type" in made[0]
+            if simple and made[1:] == [TYPES["null"]]:  # the short spelling, which readers know
+                return {**made[0], "type": [made[0]["type"], "null"]}
             return {"anyOf": made}
         if kind.endswith(" or null"):
             return {"anyOf": [self._type(kind.removesuffix(" or null"), inner, where), TYPES["null"]]}
