@@ -135,7 +135,7 @@ def test_the_result_document_has_everything_that_scripts_read(tmp_path: Path, co
     }
     assert (document["refused"], document["disagreements"], document["verify"]) == ([], [], "all")
     manifest = json.loads((tmp_path / "out" / "edgetool.json").read_text())
-    assert manifest["schema"] == "edgetool.convert/1"
+    assert manifest["schema"] == "edgetool.convert-record/1"
     assert manifest["source"]["sha256"].keys() == {"model.safetensors"} == manifest["files"].keys()
     assert manifest["config"]["to"] == "awq"
 

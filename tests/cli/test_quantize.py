@@ -194,7 +194,7 @@ def test_the_manifest_tells_what_went_in_what_was_done_and_what_was_checked(
     model, output = tiny("llama", shards=3), tmp_path / "out"
     document = succeeded(quantize(model, output, "--seed", "7", "--damp", "0.02"))
     manifest = json.loads((output / "edgetool.json").read_text())
-    assert manifest["schema"] == "edgetool.quantize/1"
+    assert manifest["schema"] == "edgetool.quantize-record/1"
     assert manifest["source"]["sha256"] == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in model.iterdir()
