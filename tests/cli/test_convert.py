@@ -117,7 +117,7 @@ def test_dequantised_weights_are_the_definitions_rounded_once(
     assert "quantization_config" not in config
     assert config["dtype"] == config["torch_dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[target]
     assert not (tmp_path / "out" / "quantize_config.json").exists()
-    assert (document["bits"], document["group_size"], document["modules"]) == (16, None, len(layers))
+    assert (document["bits"], document["group_size"], document["quantized_modules"]) == (16, None, len(layers))
 
 
 def test_the_result_document_has_everything_that_scripts_read(tmp_path: Path, convert: Convert) -> None:
