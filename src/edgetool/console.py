@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from edgetool.errors import EdgetoolError
 from edgetool.messages import label, translated
 from edgetool.progress import NullProgress, Progress, Steps, Task
-from edgetool.progress_lines import JsonProgress, PlainProgress, count, size
+from edgetool.progress_lines import JsonProgress, PlainProgress, count, event_line, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,7 +120,7 @@ class Output:
         """
         error = {"type": type_name, "message": message, "hint": hint, "exit_code": exit_code}
         if say and self.progress_mode == "json":
-            sys.stderr.write(json.dumps({"event": "error", **error}) + "\n")
+            sys.stderr.write(event_line("error", **error) + "\n")
         elif say:
             strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours(sys.stderr) else ("", "")
             _tolerate_any_text(sys.stderr)
@@ -163,15 +163,16 @@ class _BarProgress:
         from rich.console import Console
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         self._bars: RichProgress = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
             TextColumn(label("left")),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
             TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         )
@@ -227,7 +228,8 @@ class _Bar:
         done, total = (size(n) if self.unit == "B" else f"{n:g}" for n in (self.done, self.total))
         if note is not None:
             self.bars.update(self.identity, note=label(note))
-        self.bars.update(self.identity, advance=steps, count=f"{done}/{total}")
+        # parts of a step add up to almost one, and a bar that is almost full never ends
+        self.bars.update(self.identity, completed=round(self.done, 6), count=f"{done}/{total}")
 
 
 @dataclass

@@ -70,6 +70,7 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
+    output.schema = schema_of(ctx)
     settings = config.load(command, values, given.get("config"), complete=not show)
     messages.use(choice.resolved(settings.common.lang, os.environ))
     output.json = settings.common.json_output
@@ -83,6 +84,15 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
         shown = live.enter_context(console.progress(settings.common.progress))
         with _job(settings, command, output, shown) as progress:
             yield Run(settings, progress, output, live)
+
+
+def schema_of(ctx: Any) -> str:
+    """The name of the document that a command prints: `edgetool.gpus-reap/1` (docs/schemas)."""
+    names: list[str] = []
+    while ctx.parent is not None:
+        names.insert(0, str(ctx.info_name))
+        ctx = ctx.parent
+    return f"edgetool.{'-'.join(names) or 'failure'}/1"
 
 
 def _job(
