@@ -38,7 +38,7 @@ OTHERS = {
     "ray": {"--head", "--address", "--block"},
     "vLLM": {"--max-num-seqs"},
     "mypy": {"--strict"},
-    "benchmarks and tools": {"--repeat", "--starts", "--requests"},
+    "benchmarks and tools": {"--repeat", "--starts", "--requests", "--add", "--prune", "--where"},
     "a slip of the hand": {"--group-sise"},
 }
 """Options that are not ours."""
