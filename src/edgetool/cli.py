@@ -6,12 +6,14 @@ import contextlib
 import os
 import shlex
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer.core import TyperGroup
 
 from edgetool import __version__, console
@@ -19,6 +21,7 @@ from edgetool.commands import (
     bench,
     chat,
     compile_vcu128,
+    completion,
     convert,
     demo,
     envs,
@@ -133,7 +136,12 @@ def _print_version(wanted: bool) -> None:
 
 # Plain help: it answers in a third of the time of the boxed one, and nothing in it is cut to the terminal's width.
 app = typer.Typer(
-    name="edgetool", cls=EdgetoolGroup, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+    name="edgetool",
+    cls=EdgetoolGroup,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,  # typer's own knows no values, and splits quoted words: edgetool/completion
 )
 
 
@@ -161,3 +169,17 @@ app.command("fpga-host")(fpga_host.fpga_host)
 app.command("chat")(chat.chat)
 app.command("run")(run.run_recipe)
 app.add_typer(jobs.app, name="jobs")
+app.command("completion")(completion.completion)
+
+
+def complete(arguments: Sequence[str]) -> None:
+    """Answer the script of a shell, `edgetool _complete SHELL -- WORDS`: see edgetool/completion.
+
+    This is no command of typer's: parsing alone would take longer than the answer, and a shell waits for it. Whatever
+    goes wrong, a line that is being typed is left alone.
+    """
+    with contextlib.suppress(Exception):
+        from edgetool.completion.replies import reply
+
+        shell, _, *words = arguments
+        sys.stdout.write(reply(shell, typer.main.get_command(app), words))
