@@ -36,7 +36,7 @@ from edgetool.commands import (
     serve_gpu,
 )
 from edgetool.config_sources import json_wanted
-from edgetool.errors import EdgetoolError, Stopped, Terminated
+from edgetool.errors import EdgetoolError, ReaderGone, Stopped, Terminated
 
 INTERRUPTED = 130
 
@@ -54,6 +54,21 @@ class EdgetoolGroup(TyperGroup):
         self._arguments = tuple(args)
         return super().parse_args(ctx, args)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line, and answer for what stdout has not taken: help and versions are typer's to print."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _printed_by_typer(error):
+                raise
+            failure = console.unwritable(error)
+            console.Output("", as_json=False).error(failure)
+            raise SystemExit(failure.exit_code) from error
+        except SystemExit as leaving:
+            if isinstance(leaving.__context__, BrokenPipeError):  # typer gives it the exit code of a bug
+                raise SystemExit(ReaderGone.exit_code) from None
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
 
@@ -65,6 +80,8 @@ class EdgetoolGroup(TyperGroup):
         try:
             with _sigterm_raises():
                 return super().invoke(ctx)
+        except ReaderGone as error:
+            raise typer.Exit(error.exit_code) from error
         except EdgetoolError as error:
             if isinstance(error, Stopped) and error.hint is None:
                 error.hint = _again(self._arguments)
@@ -82,6 +99,13 @@ class EdgetoolGroup(TyperGroup):
             if output.json:
                 _document(output, error)
             raise
+
+
+def _printed_by_typer(error: OSError) -> bool:
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    return innermost is not None and innermost.tb_frame.f_code is typer.echo.__code__
 
 
 def _document(output: console.Output, error: Exception) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -17,7 +16,10 @@ class Shell(StrEnum):
     fish = "fish"
 
 
-def completion(shell: Annotated[Shell, typer.Argument(help="bash, zsh or fish.", show_default=False)]) -> None:
+def completion(
+    ctx: typer.Context,
+    shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.", show_default=False)],
+) -> None:
     """Print the script that completes commands, options and values at the Tab key.
 
     `source <(edgetool completion bash)` in ~/.bashrc is enough; docs/shell.md has zsh and fish.
@@ -25,4 +27,4 @@ def completion(shell: Annotated[Shell, typer.Argument(help="bash, zsh or fish.",
     import importlib.resources
 
     script = importlib.resources.files("edgetool.completion") / "scripts" / f"edgetool.{shell.value}"
-    sys.stdout.write(script.read_text())
+    ctx.obj.text(script.read_text())
