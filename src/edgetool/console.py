@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _UNBOUNDED_COLUMNS = 100_000
+_LEAST_COLUMNS = 60
 
 
 @dataclass(frozen=True)
@@ -273,8 +274,11 @@ def _divert_stdout(stream: TextIO) -> int | None:
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    # Off a terminal rich assumes 80 columns and cuts; a file or a pipe has no width.
-    return Console(file=stream, width=None if stream.isatty() else _UNBOUNDED_COLUMNS, highlight=False, markup=False)
+    console = Console(file=stream, highlight=False, markup=False)
+    # Off a terminal rich assumes 80 columns and cuts; a file or a pipe has no width. On a very narrow terminal lines
+    # that it wraps are easier to read than columns of one letter.
+    console.width = max(console.width, _LEAST_COLUMNS) if stream.isatty() else _UNBOUNDED_COLUMNS
+    return console
 
 
 def _drawn(console: Console, block: Block, on_terminal: bool) -> str:
