@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,24 +64,36 @@ ApiKey = Annotated[
 ]
 
 
+_COMMON = {"config": ConfigFile, "show_config": ShowConfig, "json": Json, "progress": ProgressMode, "quiet": Quiet}
+_OF_A_JOB = {
+    "revision": Revision,
+    "resume": Resume,
+    "overwrite": Overwrite,
+    "dry_run": DryRun,
+    "offline": Offline,
+    "cache_dir": CacheDir,
+}
+
+
 def with_common(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command, after its own options, those that every command has; `_run.run` reads them from the context."""
-    common = {
-        "config": ConfigFile,
-        "show_config": ShowConfig,
-        "json": Json,
-        "progress": ProgressMode,
-        "quiet": Quiet,
-    }
+    return _with(_COMMON, command)
 
+
+def with_job(command: Callable[..., None]) -> Callable[..., None]:
+    """As `with_common`, for a command that reads a model and writes a directory: it can be planned and resumed."""
+    return _with({**_OF_A_JOB, **_COMMON}, command)
+
+
+def _with(further: Mapping[str, Any], command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def accepting(**values: Any) -> None:
-        command(**{name: value for name, value in values.items() if name not in common})
+        command(**{name: value for name, value in values.items() if name not in further})
 
     own = inspect.signature(command, eval_str=True)
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in common.items()
+        for name, annotation in further.items()
     ]
     accepting.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
     return accepting

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
-@o.with_common
+@o.with_job
 def compile_vcu128(
     ctx: typer.Context,
     model: Annotated[
@@ -88,12 +88,6 @@ def compile_vcu128(
     device: Annotated[
         Path | None, Option("--device", metavar="PATH", help="XDMA device, e.g. /dev/xdma0_h2c_0, or an empty file.")
     ] = None,
-    revision: o.Revision = None,
-    resume: o.Resume = None,
-    overwrite: o.Overwrite = None,
-    dry_run: o.DryRun = None,
-    offline: o.Offline = None,
-    cache_dir: o.CacheDir = None,
 ) -> None:
     """Compile a quantised checkpoint for a VCU128 board.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
-@o.with_common
+@o.with_job
 def convert(
     ctx: typer.Context,
     source: Annotated[
@@ -57,12 +57,6 @@ def convert(
     threads: Annotated[
         int | None, Option("--threads", metavar="N", help="CPU threads [default: one per core, at most 8].")
     ] = None,
-    revision: o.Revision = None,
-    resume: o.Resume = None,
-    overwrite: o.Overwrite = None,
-    dry_run: o.DryRun = None,
-    offline: o.Offline = None,
-    cache_dir: o.CacheDir = None,
 ) -> None:
     """Convert a quantised checkpoint to another layout, without changing a weight.
 

@@ -13,7 +13,7 @@ from edgetool.commands._run import run
 Option = typer.Option
 
 
-@o.with_common
+@o.with_job
 def eval(
     ctx: typer.Context,
     model: o.Model = None,
@@ -101,12 +101,6 @@ def eval(
         tuple[Path, Path] | None,
         Option("--compare", metavar="A B", help="Compare the results.json of two finished runs (original first)."),
     ] = None,
-    revision: o.Revision = None,
-    resume: o.Resume = None,
-    overwrite: o.Overwrite = None,
-    dry_run: o.DryRun = None,
-    offline: o.Offline = None,
-    cache_dir: o.CacheDir = None,
 ) -> None:
     """Measure a model, and what quantising it cost.
 

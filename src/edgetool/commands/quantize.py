@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 
-@o.with_common
+@o.with_job
 def quantize(
     ctx: typer.Context,
     model: o.Model = None,
@@ -95,12 +95,6 @@ def quantize(
     max_shard_size_bytes: Annotated[
         str | None, Option("--max-shard-size", metavar="SIZE", help="Largest weight file [default: 5GB].")
     ] = None,
-    revision: o.Revision = None,
-    resume: o.Resume = None,
-    overwrite: o.Overwrite = None,
-    dry_run: o.DryRun = None,
-    offline: o.Offline = None,
-    cache_dir: o.CacheDir = None,
 ) -> None:
     """Quantise a model for vLLM, transformers or a board.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgetool.errors import ConfigError
-from edgetool.evaluation.statistics import Interval, Pairs, PerplexityPair
+from edgetool.evaluation.statistics import FEWEST_WINDOWS, Interval, Pairs, PerplexityPair
 
 PERPLEXITY = "perplexity"
 
@@ -99,6 +99,15 @@ class Gate:
                 )
             hint = "use ratio<=1.05 for perplexity" if clause.task == PERPLEXITY else "use recovery or drop for a score"
             raise ConfigError(f"gate {clause.text!r}: {clause.task} has no {clause.quantity}", hint)
+
+    def check_windows(self, limit: int | None) -> None:
+        """Raises ConfigError where --limit leaves too few windows of text for an interval that a clause asks for."""
+        for clause in self.clauses_for(PERPLEXITY):
+            if clause.confidence is not None and limit is not None and limit < FEWEST_WINDOWS:
+                raise ConfigError(
+                    f"gate {clause.text!r}: {_too_few(limit)}",
+                    f"use --limit {FEWEST_WINDOWS} or more, or a gate without @",
+                )
 
     def clauses_for(self, task: str) -> tuple[Clause, ...]:
         """The clauses that judge `task`."""
@@ -204,10 +213,14 @@ def judge_perplexity(clause: Clause, pair: PerplexityPair) -> Verdict:
         return _verdict(clause, PERPLEXITY, False, "a perplexity that is no finite number")
     interval = pair.ratio_interval(clause.confidence) if clause.confidence else None
     if clause.confidence and interval is None:
-        return _verdict(clause, PERPLEXITY, False, f"{len(pair.original.windows)} windows are too few for an interval")
+        return _verdict(clause, PERPLEXITY, False, _too_few(len(pair.original.windows)))
     bound = interval.high if interval else ratio
     said = f"ratio {ratio:.4f}{_within(interval, clause, 1, '.4f', '')}, at most {clause.limit:g} asked"
     return _verdict(clause, PERPLEXITY, bound <= clause.limit + ROUNDING, said)
+
+
+def _too_few(windows: int) -> str:
+    return f"{windows} windows are too few for an interval: {FEWEST_WINDOWS} are the least"
 
 
 def _verdict(clause: Clause, task: str, passed: bool, said: str) -> Verdict:

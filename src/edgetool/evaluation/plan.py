@@ -83,6 +83,7 @@ def check_usage(settings: EvalConfig) -> tuple[tuple[EvalTask, ...], Gate | None
         if settings.against is None:
             raise ConfigError(f"gate {gate.expression!r} compares with the original", "add --against ORIGINAL")
         gate.check([task.name for task in tasks])
+        gate.check_windows(settings.limit)
     scoring = [task.name for task in tasks if task.kind in ("loglikelihood", "perplexity")]
     if scoring and settings.chat_template and settings.endpoint is not None and settings.model is None:
         raise ConfigError(

@@ -15,7 +15,8 @@ from typing import Any
 
 from edgetool import errors
 from edgetool.errors import BackendFailed, EdgetoolError, Stopped
-from edgetool.pipeline.command_line import inserted
+from edgetool.pipeline.command_line import as_settings, inserted
+from edgetool.pipeline.recipe import Step
 from edgetool.process.child import Child, describe
 from edgetool.progress import Progress, Steps
 
@@ -31,7 +32,7 @@ _STOPPED_CODES = (75, 130, 143)
 class Said:
     """Passes on what a step says on its stderr, one JSON event a line; what is no event is only in its log."""
 
-    step: str
+    step: Step
     view: Steps
     progress: Progress
     warnings: list[str] = field(default_factory=list)
@@ -43,12 +44,12 @@ class Said:
             kind = event["event"]
             if kind in _TASK_EVENTS and "task" in event:
                 note = event.get("note") or ""
-                self.view.advance(self.step, event["task"], event["done"], event["total"], event["unit"], note)
+                self.view.advance(self.step.name, event["task"], event["done"], event["total"], event["unit"], note)
             elif kind == "note":
-                self.progress.note(f"{self.step}: {event['message']}")
+                self.progress.note(f"{self.step.name}: {event['message']}")
             elif kind == "warning":
                 self.warnings.append(event["message"])
-                self.progress.warn(f"{self.step}: {event['message']}")
+                self.progress.warn(f"{self.step.name}: {event['message']}")
         except (ValueError, KeyError, TypeError):
             return
 
@@ -84,12 +85,12 @@ class RunningStep:
             if stop.is_set() and not asked:
                 asked = True
                 self.child.send_signal(signal.SIGTERM)
-                self.said.view.state(self.said.step, "stopping")
+                self.said.view.state(self.said.step.name, "stopping")
         document = self.document()
         if document is None:
             if code in (-signal.SIGTERM, -signal.SIGINT):
-                raise Stopped(f"step {self.said.step} was stopped")
-            failure = self.child.failure(f"step {self.said.step} ended without a result ({describe(code)})")
+                raise Stopped(f"step {self.said.step.name} was stopped")
+            failure = self.child.failure(f"step {self.said.step.name} ended without a result ({describe(code)})")
             if code == -signal.SIGKILL:
                 failure.hint = "the kernel kills processes like this when memory runs out (see `dmesg`)"
             raise failure
@@ -103,7 +104,7 @@ class RunningStep:
         """
         while (document := self.document()) is None:
             if stop.is_set():
-                raise Stopped(f"stopped on request while {self.said.step} started")
+                raise Stopped(f"stopped on request while {self.said.step.name} started")
             if self.child.wait(_LOOK_S, self.said.line) is not None:
                 ended = self.wait(stop)
                 raise failure_of(self.said.step, ended.exit_code, ended.document)
@@ -142,9 +143,9 @@ def run_step(
     return ended
 
 
-def failure_of(step: str, exit_code: int, document: Mapping[str, Any]) -> EdgetoolError:
+def failure_of(step: Step, exit_code: int, document: Mapping[str, Any]) -> EdgetoolError:
     """The error that a step has ended with, as an error of the run."""
-    message = f"step {step}: {document.get('message')}"
+    message = f"step {step.name}: {document.get('message')}"
     hint = document.get("hint")
     if exit_code in _STOPPED_CODES:
         return Stopped(message)
@@ -152,4 +153,4 @@ def failure_of(step: str, exit_code: int, document: Mapping[str, Any]) -> Edgeto
     make: Callable[..., EdgetoolError] = BackendFailed
     if isinstance(kind, type) and issubclass(kind, EdgetoolError):
         make = kind
-    return make(message, None if hint is None else str(hint))
+    return make(message, None if hint is None else as_settings(str(hint), step.name, step.command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from edgetool.config import SECTIONS, key_of, option_of
 from edgetool.config_values import off_of
 from edgetool.errors import ConfigError
 from edgetool.pipeline.commands import Command
+
+_OPTION = re.compile(r"(?P<option>--[a-z][a-z-]*)(?: (?!or\b|and\b|to\b|out\b)(?P<value>[\w.]+))?")
 
 
 def arguments(command: Command, settings: Mapping[str, Any], where: str) -> list[str]:
@@ -49,6 +52,22 @@ def inserted(words: Sequence[str], options: Sequence[str]) -> list[str]:
     """`words` with further options, before the arguments that a command passes on."""
     end = list(words).index("--") if "--" in words else len(words)
     return [*words[:end], *options, *words[end:]]
+
+
+def as_settings(hint: str, step: str, command: Command) -> str:
+    """A command's hint for those who run it as a step: `--group-size 64` is `--set STEP.group_size=64` there.
+
+    A hint that is a whole command line stays as it is.
+    """
+    keys = {option_of(*item): key_of(*item) for item in SECTIONS[command.section].model_fields.items()}
+
+    def setting(found: re.Match[str]) -> str:
+        key = keys.get(found["option"])
+        if key is None or key in command.set_by_us:
+            return found[0]
+        return f"--set {step}.{key}={found['value'] or '...'}"
+
+    return hint if "edgetool " in hint else _OPTION.sub(setting, hint)
 
 
 def path_text(path: Path) -> str:

@@ -78,12 +78,12 @@ def _own_plan(work: Work, plan: Planned) -> dict[str, Any]:
         work.output_of(plan.step).exists() or work.output_of(plan.step).with_name(f"{plan.step.name}.partial").exists()
     )
     options = ["--dry-run", *(["--overwrite"] if there and not plan.step.command.serves else [])]
-    said = Said(plan.step.name, work.view, work.progress)
+    said = Said(plan.step, work.view, work.progress)
     with tempfile.TemporaryDirectory(prefix="edgetool-plan-") as scratch:
         log = Path(scratch) / "log"
         ended = run_step(inserted(plan.words, options), said, log, {}, work.stop)
     if ended.exit_code != 0:
-        raise failure_of(plan.step.name, ended.exit_code, ended.document)
+        raise failure_of(plan.step, ended.exit_code, ended.document)
     found: dict[str, Any] = ended.document.get("plan", ended.document)
     return found
 

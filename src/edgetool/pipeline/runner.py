@@ -133,7 +133,7 @@ def _run_one(work: Work, plan: Planned) -> None:
     if ended.exit_code == 0:
         finish(work, plan, mark, ended)
         return
-    failure = failure_of(step.name, ended.exit_code, ended.document)
+    failure = failure_of(step, ended.exit_code, ended.document)
     result = StepResult(
         step.name,
         plan.shown,
@@ -160,7 +160,7 @@ def _run_command(work: Work, plan: Planned, resume: bool) -> Ended:
     output = work.output_of(plan.step)
     there = output.exists() or (not resume and output.with_name(output.name + ".partial").exists())
     words = inserted(plan.words, [*(["--resume"] if resume else []), *(["--overwrite"] if there else [])])
-    return run_step(words, Said(plan.step.name, work.view, work.progress), work.log_of(plan.step), {}, work.stop)
+    return run_step(words, Said(plan.step, work.view, work.progress), work.log_of(plan.step), {}, work.stop)
 
 
 def _attempt_mark(work: Work, plans: Sequence[Planned]) -> str:

@@ -44,7 +44,7 @@ class Server:
         while not work.stop.wait(_LOOK_S):
             code = self.running.child.wait(0, self.running.said.line)
             if code is not None:
-                raise self.running.child.failure(f"step {self.running.said.step} ended ({describe(code)})")
+                raise self.running.child.failure(f"step {self.running.said.step.name} ended ({describe(code)})")
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def server(work: Work, plan: Planned) -> Iterator[Server]:
     """
     given = work.settings.common.server_key()
     key = given or secrets.token_urlsafe(24)
-    said = Said(plan.step.name, work.view, work.progress)
+    said = Said(plan.step, work.view, work.progress)
     with RunningStep(plan.words, said, work.log_of(plan.step), {"EDGETOOL_API_KEY": key}) as running:
         address = running.wait_ready(work.stop)
         if not isinstance(address.get("openai_base_url"), str):

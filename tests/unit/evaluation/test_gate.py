@@ -99,6 +99,16 @@ def test_a_clause_about_nothing_that_is_measured_is_refused(text: str, tasks: li
     parse_gate("mmlu: drop<=1pt; ratio<=1.05").check(["mmlu", "perplexity"])
 
 
+def test_an_interval_of_too_few_windows_is_refused_before_anything_is_measured() -> None:
+    asks = parse_gate("ratio<=1.05 @95%")
+    with pytest.raises(ConfigError, match="4 windows are too few") as refused:
+        asks.check_windows(4)
+    assert refused.value.hint is not None and "--limit 5" in refused.value.hint
+    for limit in (5, None):
+        asks.check_windows(limit)
+    parse_gate("ratio<=1.05; mmlu: drop<=1pt @95%").check_windows(1)
+
+
 @pytest.mark.parametrize(("lost", "passed"), [(0, True), (9, True), (10, True), (11, False)])
 def test_the_measured_drop_may_reach_the_limit_and_not_pass_it(lost: int, passed: bool) -> None:
     found = parse_gate("drop<=1pt").decide({"t": pairs(1000, lost, 0, 810)})

@@ -17,7 +17,7 @@ from edgetool.errors import BadInput
 from edgetool.process import foreground
 
 RUNNER = (
-    "import os,sys\nfrom edgetool import foreground\n"
+    "import os,sys\nfrom edgetool.process import foreground\n"
     # one write: the command writes to the same pipe
     "said = lambda pid: os.write(1, b'%d\\n' % pid)\n"
     "sys.exit(foreground.run(sys.argv[1:], env=os.environ, started=said))\n"
@@ -144,7 +144,7 @@ def test_output_goes_where_it_was_asked_to_go(tmp_path: Path) -> None:
 def test_the_end_is_seen_though_another_thread_takes_the_signal() -> None:
     """It ends while this thread is busy: without the regular look it would be waited for for ever."""
     code = (
-        "import os,sys,threading,time\nfrom edgetool import foreground\n"
+        "import os,sys,threading,time\nfrom edgetool.process import foreground\n"
         "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
         "sys.exit(foreground.run(['true'], env=os.environ, started=lambda pid: time.sleep(0.3)))\n"
     )

@@ -61,5 +61,6 @@ def run(job: dict[str, Any], report: Any) -> dict[str, Any]:
         model.quantize(samples, **options)
     report.note("gptqmodel writes")
     model.save(job["output"])
+    (Path(job["output"]) / "quant_log.csv").unlink(missing_ok=True)  # edgetool.json says more of each module
     made: dict[str, Any] = report.made_by("gptqmodel")
     return made
