@@ -67,6 +67,6 @@ def _paths(found: Offer) -> str:
 
 
 def _described(word: Word, separator: str) -> str:
-    about = " ".join(word.about.split())
+    about = " ".join("".join(c if c.isprintable() else " " for c in word.about).split())
     about = about if len(about) <= _ABOUT_CHARACTERS else about[: _ABOUT_CHARACTERS - 1] + "…"
     return f"{word.text}{separator}{about}" if about else word.text

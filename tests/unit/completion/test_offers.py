@@ -8,8 +8,8 @@ import pytest
 import typer.main
 
 from edgetool.cli import app
-from edgetool.completion.offers import Offer, _parts, offer
-from edgetool.completion.replies import reply, split_line
+from edgetool.completion.offers import Offer, Word, _parts, offer
+from edgetool.completion.replies import _described, reply, split_line
 from edgetool.completion.words import find_place
 from edgetool.config import SECTIONS, key_of
 from edgetool.config_models import BackendName, ConvertTarget
@@ -150,6 +150,14 @@ def test_bash_gets_what_follows_the_part_that_it_keeps() -> None:
 def test_zsh_and_fish_get_meanings_and_colons_that_zsh_does_not_take_for_them() -> None:
     assert "hf\\::a model of the Hugging Face hub, org/name\n" in reply("zsh", ROOT, ["quantize", "h"])
     assert "hf:\ta model of the Hugging Face hub, org/name\n" in reply("fish", ROOT, ["quantize", "h"])
+
+
+def test_meanings_are_one_line_of_printable_text_and_not_too_long() -> None:
+    assert _described(Word("1", "it's\x1b[31m red\nand\ttold " + "x" * 200), "\t").startswith(
+        "1\tit's [31m red and told x"
+    )
+    assert len(_described(Word("1", "x" * 200), "\t")) == len("1\t") + 100
+    assert _described(Word("1"), "\t") == "1"
 
 
 def test_no_space_follows_what_goes_on() -> None:
