@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Quantise a model, compile it for a VCU128 board, prove the image weight by weight, serve it with the simulator and ask
-# it something. What is made already and still fits is not made again.
+# it something; its answer alone is on stdout. What is made already and still fits is not made again.
 #
 #   board.sh [MODEL [DIRECTORY]]
 #
@@ -12,9 +12,9 @@ directory=${2:-board}
 mkdir -p "$directory"
 export EDGETOOL_API_KEY=${EDGETOOL_API_KEY:-$(python3 -c 'import secrets; print(secrets.token_urlsafe())')}
 
-[[ -e $directory/quantised ]] || edgetool quantize "$model" -o "$directory/quantised" --group-size 64 --resume
-edgetool compile-vcu128 "$directory/quantised" -o "$directory/image" --lm-head rtn4 --resume
-edgetool compile-vcu128 "$directory/image" --verify "$directory/quantised"
+[[ -e $directory/quantised ]] || edgetool quantize "$model" -o "$directory/quantised" --group-size 64 --resume >&2
+edgetool compile-vcu128 "$directory/quantised" -o "$directory/image" --lm-head rtn4 --resume >&2
+edgetool compile-vcu128 "$directory/image" --verify "$directory/quantised" >&2
 
 # The server says that it is ready with one JSON document; until then, and after, its words are in server.log.
 edgetool serve-fpga --image "$directory/image" --numerics fast --port 0 --json --quiet \

@@ -14,7 +14,7 @@ directory=${3:-nightly}
 quantised=${1:-$directory/quantised}
 mkdir -p "$directory"
 if [[ $# -eq 0 && ! -e $quantised ]]; then
-    edgetool quantize "$original" -o "$quantised" --group-size 64
+    edgetool quantize "$original" -o "$quantised" --group-size 64 >&2
 fi
 
 # Prints one value of the JSON document in a file: value FILE gate.passed

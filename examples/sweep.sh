@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Quantise with several group sizes, measure each against the original, and keep the best: DIRECTORY/best points at it.
-# What is there already is not done again, so a sweep that was interrupted goes on.
+# What is there already is not done again, so a sweep that was interrupted goes on. Prints the best one's directory.
 #
 #   sweep.sh [MODEL [DIRECTORY [GROUP_SIZE...]]]
 set -euo pipefail
@@ -13,7 +13,7 @@ mkdir -p "$directory"
 
 for size in "${sizes[@]}"; do
     out=$directory/group-$size
-    [[ -e $out ]] || edgetool quantize "$model" -o "$out" --group-size "$size" --resume
+    [[ -e $out ]] || edgetool quantize "$model" -o "$out" --group-size "$size" --resume >&2
     # a document is whole or absent: it gets its name when the command has ended well
     if [[ ! -e $out.json ]]; then
         edgetool eval "$out" --against "$model" --tasks perplexity -o "$out-measured" --overwrite --json \

@@ -79,7 +79,7 @@ class TypingShell:
         self._shown = ""
         self._send(typed)
         self._wait(lambda: all(text in self._plain() for text in expected), f"{expected} not shown after {typed!r}")
-        self._send("\x03")
+        self._send("\x15")  # not Ctrl-C: with the line, a terminal drops what is typed after it
 
     def close(self) -> None:
         os.close(self._terminal)

@@ -31,7 +31,11 @@ _edgetool() {
   case $paths in
     directories) _files -/ && found=0 ;;
     files) _files && found=0 ;;
-    files:*) _files -g "*.${${paths#files:}//,/ *.}" && found=0 ;;
+    files:*)
+      # not _files: where nothing has the suffix, it would offer all other files
+      _path_files -/ && found=0
+      _path_files -g "*.${${paths#files:}//,/ *.}" && found=0
+      ;;
   esac
   return found
 }
