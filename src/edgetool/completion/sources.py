@@ -46,7 +46,7 @@ def _servers(_path: tuple[str, ...]) -> Found:
     from edgetool.serving.registry import Registry
 
     directory = config.load("serve_gpu", {}, complete=False).serve_gpu.state_dir
-    for record in Registry(directory).records():
+    for record in Registry(directory).records() if directory.is_dir() else ():
         yield record.name, f"{record.state}: {record.model}"
 
 
@@ -54,7 +54,7 @@ def _urls(_path: tuple[str, ...]) -> Found:
     from edgetool.serving.registry import Registry
 
     directory = config.load("serve_gpu", {}, complete=False).serve_gpu.state_dir
-    for record in Registry(directory).records():
+    for record in Registry(directory).records() if directory.is_dir() else ():
         for server in record.servers:
             yield str(server["url"]), record.name
 

@@ -104,8 +104,6 @@ class Registry:
 
     def records(self) -> list[Record]:
         """The servers that live, oldest first."""
-        if not self.directory.is_dir():
-            return []
         with self._locked():
             return self._living()
 
