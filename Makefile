@@ -13,7 +13,7 @@ help:
 	@echo "make demo           quantise a real small model and compare it with the original"
 	@echo "make test           the tests: no GPU, no hub"
 	@echo "make check          ruff, mypy --strict, import direction, fresh documentation"
-	@echo "make docs           write docs/cli.md, docs/config.md and docs/exit-codes.md again"
+	@echo "make docs           write docs/cli.md, config.md, exit-codes.md and schemas/ again"
 	@echo "make test-slow      servers, environments and whole compilations, as real processes"
 	@echo "make test-vllm      tests that load results into vLLM's CPU build"
 	@echo "make test-backends  tests against other quantisers"
@@ -36,9 +36,11 @@ check: $(READY)
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_docs.py --check
+	$(BIN)/python tools/generate_schemas.py --check
 
 docs: $(READY)
 	$(BIN)/python tools/generate_docs.py
+	$(BIN)/python tools/generate_schemas.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import documents
 
 # `make test &` in a script starts with SIGINT ignored, nohup adds SIGHUP; programs that the tests start would inherit
 # that, and a shell cannot trap what was ignored when it began.
@@ -15,6 +18,20 @@ for _name in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(_name, signal.default_int_handler if _name == signal.SIGINT else signal.SIG_DFL)
 
 os.environ["EDGETOOL_JOBS_RECORD"] = "0"  # commands that the tests run are no jobs of the developer's
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _documents_are_looked_at() -> Iterator[None]:
+    with documents.watch():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _documents_fit_their_schemas(_documents_are_looked_at: None) -> Iterator[None]:
+    """Whatever a test lets edgetool print as JSON is as docs/schemas says."""
+    yield
+    wrong, documents.wrong[:] = list(documents.wrong), []
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -35,6 +35,7 @@ from edgetool.commands import (
     serve_fpga,
     serve_gpu,
 )
+from edgetool.commands._run import schema_of
 from edgetool.config_sources import json_wanted
 from edgetool.errors import EdgetoolError, ReaderGone, Stopped, Terminated
 
@@ -76,7 +77,7 @@ class EdgetoolGroup(TyperGroup):
             typer.Exit: with the exit code of docs/exit-codes.md, after a known failure.
             Exception: a bug, as it is, so that its traceback is shown.
         """
-        output = ctx.obj = _output(self._arguments)
+        output = ctx.obj = _output(self._arguments, self.commands)
         try:
             with _sigterm_raises():
                 return super().invoke(ctx)
@@ -112,13 +113,16 @@ def _document(output: console.Output, error: Exception) -> None:
     """The JSON document of a failure that typer (usage) or the interpreter (a bug: its traceback) puts in words."""
     say = getattr(error, "format_message", None)
     if callable(say):
+        where = getattr(error, "ctx", None)
+        output.schema = output.schema if where is None else schema_of(where)
         output.failure("UsageError", str(say()), None, int(getattr(error, "exit_code", 2)), say=False)
     else:
         output.failure("Bug", f"{type(error).__name__}: {error}", "the traceback is on stderr", 1, say=False)
 
 
-def _output(arguments: tuple[str, ...]) -> console.Output:
-    command = next((argument for argument in arguments if not argument.startswith("-")), "edgetool")
+def _output(arguments: tuple[str, ...], commands: Collection[str]) -> console.Output:
+    typed = next((argument for argument in arguments if not argument.startswith("-")), None)
+    command = typed if typed in commands else "failure"
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     output = console.Output(f"edgetool.{command}/1", "--json" in options or json_wanted(os.environ))
     output.arguments = arguments

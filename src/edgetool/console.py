@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from edgetool.errors import EdgetoolError, ReaderGone, ResourceUnavailable
 from edgetool.progress import NullProgress, Progress, Steps, Task
-from edgetool.progress_lines import JsonProgress, PlainProgress, count, size
+from edgetool.progress_lines import JsonProgress, PlainProgress, count, event_line, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,7 +127,7 @@ class Output:
         # Where stdout or stderr cannot be written, the exit code alone has to say it.
         with contextlib.suppress(OSError):
             if say and self.progress_mode == "json":
-                sys.stderr.write(json.dumps({"event": "error", **error}) + "\n")
+                sys.stderr.write(event_line("error", **error) + "\n")
             elif say:
                 strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours(sys.stderr) else ("", "")
                 _tolerate_any_text(sys.stderr)

@@ -27,8 +27,8 @@ class EdgetoolError(Exception):
 
     @property
     def type_name(self) -> str:
-        """Stable name of the failure in JSON output, e.g. `BadInput`."""
-        return type(self).__name__
+        """Stable name of the failure in JSON output, e.g. `BadInput`: the class of this module that it belongs to."""
+        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__)
 
 
 class UsageError(EdgetoolError):

@@ -203,7 +203,12 @@ class JsonProgress(LineProgress):
         return self._line("progress", step=name, task=task, done=done, total=total, unit=unit, note=note or None)
 
     def _line(self, event: str, **values: Any) -> str:
-        return json.dumps({"event": event, "elapsed_s": round(self._elapsed_s(), 3), **values})
+        return event_line(event, elapsed_s=round(self._elapsed_s(), 3), **values)
+
+
+def event_line(event: str, **values: Any) -> str:
+    """One line of `--progress json` (docs/schemas, edgetool.progress/1)."""
+    return json.dumps({"event": event, **values})
 
 
 def count(done: float, total: float, unit: str) -> str:

@@ -95,7 +95,7 @@ def test_the_document_has_what_scripts_need(compile: Compile, model: Made, tmp_p
     }
     record = json.loads((output / "edgetool.json").read_text())
     weights = hashlib.sha256((model.path / "model.safetensors").read_bytes()).hexdigest()
-    assert record["schema"] == "edgetool.compile-vcu128/1"
+    assert record["schema"] == "edgetool.compile-vcu128-record/1"
     assert record["source"]["sha256"]["model.safetensors"] == weights
     assert record["source"]["spec"] == str(model.path)
 

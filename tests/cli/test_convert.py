@@ -117,7 +117,7 @@ def test_dequantised_weights_are_the_definitions_rounded_once(
     assert "quantization_config" not in config
     assert config["dtype"] == config["torch_dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[target]
     assert not (tmp_path / "out" / "quantize_config.json").exists()
-    assert (document["bits"], document["group_size"], document["modules"]) == (16, None, len(layers))
+    assert (document["bits"], document["group_size"], document["quantized_modules"]) == (16, None, len(layers))
 
 
 def test_the_result_document_has_everything_that_scripts_read(tmp_path: Path, convert: Convert) -> None:
@@ -135,7 +135,7 @@ def test_the_result_document_has_everything_that_scripts_read(tmp_path: Path, co
     }
     assert (document["refused"], document["disagreements"], document["verify"]) == ([], [], "all")
     manifest = json.loads((tmp_path / "out" / "edgetool.json").read_text())
-    assert manifest["schema"] == "edgetool.convert/1"
+    assert manifest["schema"] == "edgetool.convert-record/1"
     assert manifest["source"]["sha256"].keys() == {"model.safetensors"} == manifest["files"].keys()
     assert manifest["config"]["to"] == "awq"
 

@@ -47,7 +47,7 @@ def test_the_text_tower_is_converted_and_the_vision_tower_copied(
     for target in ("awq", "compressed-tensors", "gptq_v2", "fp16"):
         document = convert(source, tmp_path / target, target)
         made = read_checkpoint(tmp_path / target)
-        assert document["modules"] == 14
+        assert document["quantized_modules"] == 14
         assert document["tensors_compared"] == document["tensors_equal"] == len(made)
         assert vision == {name for name in made if "visual" in name}
         assert all(made[name].tobytes() == given[name].tobytes() for name in vision)

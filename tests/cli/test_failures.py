@@ -141,3 +141,27 @@ def test_stdout_that_is_closed_early_is_no_bug() -> None:
     line = f"{sys.executable} {fake} quantize demo -o out --json --quiet | true"
     result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schema", "code"),
+    [
+        (("nosuch",), "edgetool.failure/1", 2),
+        (("quantize", "--nosuch"), "edgetool.quantize/1", 2),
+        (("gpus", "nosuch"), "edgetool.gpus/1", 2),
+        (("gpus", "reap", "--nosuch"), "edgetool.gpus-reap/1", 2),
+        (("gpus", "--interval", "x"), "edgetool.gpus/1", 3),
+        (("gpus", "reap", "--grace", "x"), "edgetool.gpus-reap/1", 3),
+        (("envs", "remove", "nosuch"), "edgetool.envs-remove/1", 2),
+        (("jobs", "logs"), "edgetool.jobs-logs/1", 2),
+        (("gpus", "reap", "--grace", "x", "--show-config"), "edgetool.gpus-reap/1", 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_failure_is_the_document_of_the_command_that_was_typed(
+    edgetool: Callable[..., Any], arguments: tuple[str, ...], schema: str, code: int
+) -> None:
+    result = edgetool(*arguments, "--json")
+    document = json.loads(result.stdout)
+    assert (document["schema"], document["ok"], document["exit_code"]) == (schema, False, code)
+    assert result.exit_code == code

@@ -218,7 +218,7 @@ def test_a_killed_run_leaves_the_lease_with_its_command_and_both_are_shown_as_th
     assert shown() == (22 * GIB, 24564 * MIB - 22 * GIB, ["orphan"])
     assert gpus("run", "--class", "4090", "--count", "2", "--min-free", "22GiB", "--", "true").returncode == 6
     dry = gpus.json("reap", "--dry-run")
-    assert [item["pid"] for item in dry["would_reap"]] == [pid]
+    assert [item["pid"] for item in dry["plan"]["reaped"]] == [pid]
     assert identify(pid)
     document = gpus.json("reap")
     assert document["schema"] == "edgetool.gpus-reap/1"
@@ -367,8 +367,9 @@ def test_a_lock_directory_that_cannot_be_used_is_a_configuration_error(gpus: She
 
 def test_a_plan_is_shown_and_nothing_is_leased(gpus: Shell) -> None:
     document = gpus.json("run", "--class", "4090", "--count", "2", "--min-free", "22GiB", "--ports", "1", "--dry-run")
-    assert len(document["gpus"]) == 2
-    assert 20_000 <= document["ports"][0] <= 29_999
+    assert document["schema"] == "edgetool.gpus-run/1"
+    assert len(document["plan"]["gpus"]) == 2
+    assert 20_000 <= document["plan"]["ports"][0] <= 29_999
     assert held(gpus) == []
 
 
@@ -395,7 +396,7 @@ def test_options_of_the_group_hold_for_its_commands(gpus: Shell) -> None:
     result = subprocess.run(
         [*EDGETOOL, "gpus", "--json", "reap", "--dry-run"], env=gpus.env, capture_output=True, text=True, timeout=60
     )
-    assert json.loads(result.stdout)["would_reap"] == []
+    assert json.loads(result.stdout)["plan"]["reaped"] == []
 
 
 def test_watching_repeats_the_table_until_it_is_interrupted(gpus: Shell) -> None:

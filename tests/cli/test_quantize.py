@@ -194,7 +194,7 @@ def test_the_manifest_tells_what_went_in_what_was_done_and_what_was_checked(
     model, output = tiny("llama", shards=3), tmp_path / "out"
     document = succeeded(quantize(model, output, "--seed", "7", "--damp", "0.02"))
     manifest = json.loads((output / "edgetool.json").read_text())
-    assert manifest["schema"] == "edgetool.quantize/1"
+    assert manifest["schema"] == "edgetool.quantize-record/1"
     assert manifest["source"]["sha256"] == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in model.iterdir()
@@ -392,7 +392,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(quantize: Quantize, tiny: T
     output = tmp_path / "below" / "out"
     plan = succeeded(quantize(tiny("llama"), output, "--dry-run"))["plan"]
     assert list(tmp_path.iterdir()) == []
-    assert (plan["bits"], plan["group_size"], plan["modules"]) == (4, 32, LAYERS * LINEARS)
+    assert (plan["bits"], plan["group_size"], plan["quantized_modules"]) == (4, 32, LAYERS * LINEARS)
     assert plan["calibration_tokens"] == 4 * 32
     assert plan["memory"]["needed_bytes"] < plan["memory"]["available_bytes"]
     assert plan["disk"]["output_bytes"] < plan["disk"]["needed_bytes"] < plan["disk"]["free_bytes"]

@@ -303,7 +303,7 @@ def test_progress_as_json_names_the_step_of_each_event(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"schema": "edgetool.run/1", "steps": [], "begun": {}, "failed_gates": {}}']
+    "text", ["{", "[]", '{"schema": "edgetool.run-record/1", "steps": [], "begun": {}, "failed_gates": {}}']
 )
 def test_a_record_that_cannot_be_read_is_one_clear_error(run: Run, text: str) -> None:
     run.out.mkdir()

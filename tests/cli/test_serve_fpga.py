@@ -78,7 +78,7 @@ def test_a_dry_run_shows_the_plan_and_no_key(image: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     document = json.loads(result.stdout)
     assert (document["schema"], document["ok"]) == ("edgetool.serve-fpga/1", True)
-    assert (document["max_model_len"], document["keys"]) == (512, ["alice", "default"])
+    assert (document["plan"]["max_model_len"], document["plan"]["keys"]) == (512, ["alice", "default"])
     assert "key-of-alice" not in result.output and "the-key" not in result.output
 
 

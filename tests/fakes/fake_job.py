@@ -16,6 +16,8 @@ from edgetool import errors
 
 RESULT: dict[str, Any] = {
     "output": "out",
+    "model": "demo",
+    "backend": "native",
     "method": "gptq",
     "format": "gptq",
     "bits": 4,
@@ -25,6 +27,7 @@ RESULT: dict[str, Any] = {
     "quantized_modules": 210,
     "seconds": 12.5,
     "peak_rss_bytes": 650_000_000,
+    "source_bytes": 270_000_000,
     "output_bytes": 112_000_000,
     "worst_modules": [
         {"module": "model.layers.29.mlp.a_very_long_module_name_indeed.down_proj", "relative_error": 0.12}
@@ -33,15 +36,26 @@ RESULT: dict[str, Any] = {
     "warnings": ["something to know"],
 }
 PLAN: dict[str, Any] = {
-    "memory": {"peak_bytes": 650_000_000, "available_bytes": 8_000_000_000},
-    "disk": {"needed_bytes": 112_000_000},
-    "time": {"expected_seconds": 90.0},
+    "model": "demo",
+    "architecture": "llama",
+    "output": "out",
+    "method": "gptq",
+    "format": "gptq",
+    "bits": 4,
+    "group_size": 64,
+    "sym": True,
+    "desc_act": False,
+    "device": "cpu",
+    "quantized_modules": 210,
+    "calibration_tokens": 65_536,
+    "memory": {"needed_bytes": 650_000_000, "available_bytes": 8_000_000_000},
+    "disk": {"needed_bytes": 224_000_000, "free_bytes": 900_000_000_000, "output_bytes": 112_000_000},
+    "time": {"expected_s": 90.0},
     "kernels": [
         {"name": "gptq_marlin", "ok": True, "why": ""},
         {"name": "machete", "ok": False, "why": "needs Hopper"},
     ],
-    "vcu128": {"ok": True, "why": None},
-    "modules": 210,
+    "vcu128": [{"name": "sim", "ok": True, "why": ""}],
 }
 
 

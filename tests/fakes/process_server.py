@@ -32,6 +32,9 @@ class Ended:
     trace: list[str]
 
     def document(self) -> Any:
+        from tests import documents  # not above: as a script this stands alone
+
+        documents.look(self.stdout)
         return json.loads(self.stdout)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from tests import documents
+
 MARK = "SERVED_BY_TEST"
 """Environment variable that every process below inherits."""
 
@@ -63,6 +65,7 @@ class Served:
         while time.monotonic() < until:
             text = self.output.read_text()
             if text.endswith("}\n"):
+                documents.look(text)
                 document: dict[str, Any] = json.loads(text)
                 assert document["ok"], document
                 return document
@@ -76,6 +79,7 @@ class Served:
             if self.output.read_text().endswith("}\n"):
                 break
             time.sleep(0.05)
+        documents.look(self.output.read_text())
         document: dict[str, Any] = json.loads(self.output.read_text())
         return document if document["ok"] else None
 

@@ -459,7 +459,7 @@ def test_a_whole_checkpoint_becomes_the_oracles_tensor_by_tensor(
     made = read_checkpoint(tmp_path / "out")
     carried = others if target != "bf16" else {name: bfloat16(array) for name, array in others.items()}
     same(made, expected(layers, target) | carried)
-    assert (document["source_format"], document["format"], document["modules"]) == (kind, target, len(layers))
+    assert (document["source_format"], document["format"], document["quantized_modules"]) == (kind, target, len(layers))
     assert document["tensors_compared"] == document["tensors_equal"] == len(made)
     assert (document["refused"], document["disagreements"]) == ([], [])
 

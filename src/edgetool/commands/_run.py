@@ -70,6 +70,7 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
+    output.schema = schema_of(ctx)
     settings = config.load(command, values, given.get("config"), complete=not show)
     output.json = settings.common.json_output
     output.progress_mode = settings.common.progress
@@ -94,6 +95,15 @@ def _need_working_directory() -> None:
         raise BadInput(
             "the working directory has been removed, and paths start from it", "cd to a directory that exists"
         ) from None
+
+
+def schema_of(ctx: Any) -> str:
+    """The name of the document that a command prints: `edgetool.gpus-reap/1` (docs/schemas)."""
+    names: list[str] = []
+    while ctx.parent is not None:
+        names.insert(0, str(ctx.info_name))
+        ctx = ctx.parent
+    return f"edgetool.{'-'.join(names) or 'failure'}/1"
 
 
 def _job(

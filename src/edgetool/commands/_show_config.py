@@ -16,6 +16,7 @@ def show_config(config: Config, command: str, output: Output) -> None:
     if output.json:
         wanted = tuple(f"{name}." for name in names)
         origins = {key: origin for key, origin in config.origins.items() if key.startswith(wanted)}
+        output.schema = "edgetool.config/1"
         output.result({"config": sections, "origins": origins}, [])
         return
     lines = []

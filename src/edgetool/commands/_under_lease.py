@@ -53,8 +53,7 @@ def plan(this: Run, scheduler: Scheduler, request: Request) -> None:
             "ports": list(lease.ports),
             "board": lease.board,
         }
-    this.output.schema = "edgetool.gpus-run/1"
-    this.result(result, report("would be granted", result))
+    this.result({"plan": result}, report("would be granted", result))
 
 
 def _granted(lease: Lease) -> str:

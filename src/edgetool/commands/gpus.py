@@ -137,5 +137,5 @@ def reap(
             dry_run=settings.dry_run,
             progress=this.progress,
         )
-        this.output.schema = "edgetool.gpus-reap/1"
-        this.result(result, report("reap", result))
+        title = "plan (nothing was ended)" if settings.dry_run else "reap"
+        this.result(result, report(title, result.get("plan", result)))

@@ -50,7 +50,6 @@ def logs(
         from edgetool.jobs.following import lines
 
         store, wanted = _store(this), _number(this)
-        this.output.schema = "edgetool.jobs-logs/1"
         if this.output.json:
             text = list(lines(store, wanted, this.config.jobs.follow))
             this.result({**document(store.get(wanted)), "lines": text}, [])
@@ -78,7 +77,6 @@ def cancel(
 
         settings = this.config.jobs
         result = end(_store(this), _number(this), grace_s=settings.grace_s, keep=settings.keep, progress=this.progress)
-        this.output.schema = "edgetool.jobs-cancel/1"
         this.result(result, report("cancelled", result))
 
 
@@ -98,7 +96,6 @@ def clean(
         from edgetool.commands._blocks import report
 
         result: dict[str, Any] = {"removed": _store(this).remove(time.time() - this.config.jobs.older_than_s)}
-        this.output.schema = "edgetool.jobs-clean/1"
         this.result(result, report("jobs", result))
 
 

@@ -94,7 +94,7 @@ def serve_fpga(
             raise UsageError("serve-fpga needs --image or --host", "edgetool serve-fpga --help")
         if settings.dry_run:
             result = service.dry_run(this.config)
-            this.result(result, report("plan (nothing was started)", result))
+            this.result(result, report("plan (nothing was started)", result["plan"]))
         else:
             service.serve(this.config, this.progress, lambda result: this.result(result, _ready_blocks(result)))
 

@@ -27,7 +27,7 @@ from edgetool.ledger import RunLedger, count_records
 from edgetool.progress import Progress
 from edgetool.runs import FileHashes, free_disk_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
-SCHEMA = "edgetool.convert/1"
+RECORD_SCHEMA = "edgetool.convert-record/1"
 _MOST_THREADS = 8  # moving words is a matter of memory and disk, and each thread keeps some memory
 LEDGER_NAME = "ledger.jsonl"
 
@@ -119,7 +119,7 @@ class _Run:
         verified = self._verify(stop)
         result = self._result(verified)
         manifest = {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "result": result,
             "source": {
                 "spec": resolved.spec,
@@ -267,7 +267,7 @@ def _repaired(config: ConvertConfig, started: float) -> dict[str, Any]:
         "format": source.format,
         "output": config.source,
         **spec_facts(source.spec),
-        "modules": len(source.layouts),
+        "quantized_modules": len(source.layouts),
         "tensors_compared": 0,
         "tensors_equal": 0,
         "refused": [],

@@ -158,10 +158,6 @@ class NoLosslessForm(BadInput):
         super().__init__(message, hint, details)
         self.modules = tuple(modules)
 
-    @property
-    def type_name(self) -> str:
-        return "BadInput"
-
 
 def refusal_of(source: Source, target: str, refused: Mapping[str, Refused]) -> NoLosslessForm:
     """The error that names the first of `refused` (tensor or module -> why) and how many there are."""

@@ -19,7 +19,7 @@ def facts(config: ConvertConfig, opened: Opened, plan: Plan) -> dict[str, Any]:
         "source_format": source.format,
         "format": plan.target,
         **spec_facts(spec),
-        "modules": len(source.layouts),
+        "quantized_modules": len(source.layouts),
         "refused": [],
         "disagreements": list(source.disagreements),
         "warnings": list(plan.warnings),

@@ -19,13 +19,14 @@ from edgetool.evaluation.ledgers import ANSWERS_NAME
 from edgetool.evaluation.measuring import DISTRIBUTIONS_NAME, Found, Measuring, manifest_facts
 from edgetool.evaluation.plan import Plan, check_usage, make_plan, target_id
 from edgetool.evaluation.report import report_page
-from edgetool.evaluation.results import SCHEMA, document, shown
+from edgetool.evaluation.results import document, shown
 from edgetool.ledger import RunLedger
 from edgetool.progress import Progress
 from edgetool.runs import memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 LEDGER_NAME = "run.jsonl"
 REPORT_NAME = "report.html"
+RECORD_SCHEMA = "edgetool.eval-record/1"
 _RESUMABLE = (Stopped, ResourceUnavailable, BackendFailed)
 _TOOLS = ("torch", "transformers", "lm_eval", "evalplus", "datasets", "rouge-score", "jieba", "numpy")
 
@@ -91,7 +92,7 @@ def _publish(
         write_results(directory / RESULTS_NAME, result)
         atomic_write(directory / REPORT_NAME, report_page(result).encode())
         manifest = {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "identity": identity,
             "sides": manifest_facts(plan),
             "profile": plan.profile.to_dict(),
@@ -155,7 +156,8 @@ def _compared(config: Config) -> dict[str, Any]:
             write_results(out.partial / RESULTS_NAME, found)
             atomic_write(out.partial / REPORT_NAME, report_page(found).encode())
             compared = [str(path) for path in settings.compare]
-            write_manifest(out.partial, {"schema": SCHEMA, "compared": compared, "tools": tool_versions("numpy")})
+            record = {"schema": RECORD_SCHEMA, "compared": compared, "tools": tool_versions("numpy")}
+            write_manifest(out.partial, record)
             out.publish()
     return {**shown(found), "output": None if settings.output is None else str(settings.output)}
 

@@ -28,9 +28,6 @@ from edgetool.ledger import RunLedger, count_records
 from edgetool.progress import Progress
 from edgetool.runs import free_disk_bytes, refuse_overlap, stop_requests
 
-SCHEMA = "edgetool.compile-vcu128/1"
-_WORST_SHOWN = 5
-
 
 def run_compile(config: CompileConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
     """Do what the options ask for: compile, or --inspect, --diff, --extract, --verify, --verify-run or --push an image.

@@ -24,7 +24,7 @@ from edgetool.fpga.weights import Jobs
 from edgetool.fpga.writer import Emit
 from edgetool.runs import tool_versions
 
-SCHEMA = "edgetool.compile-vcu128/1"
+RECORD_SCHEMA = "edgetool.compile-vcu128-record/1"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The content of edgetool.json. identity: with its source. files: output file -> sha256."""
     return {
-        "schema": SCHEMA,
+        "schema": RECORD_SCHEMA,
         "source": {"spec": source.spec, **source.provenance, "sha256": identity["source"]},
         "identity": dict(identity),
         "tools": tool_versions("numpy"),

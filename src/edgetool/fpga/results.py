@@ -28,7 +28,7 @@ def plan_of(draft: Draft, emit: Emit, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "writes": [name for name, wanted in (("image", emit.image), ("edgellm-tree", emit.tree)) if wanted],
-        "disk_bytes": disk_bytes(draft, emit),
+        "output_bytes": disk_bytes(draft, emit),
         **_facts(draft),
         "memory": memory_of(draft),
         "warnings": draft.warnings,

@@ -41,12 +41,12 @@ _KEEP_ALIVE_S = 75
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-    """What would be served, and where. Raises what `serve` raises before it starts anything."""
+    """{"plan": what would be served, and where}. Raises what `serve` raises before it starts anything."""
     need_extra(config.serve_fpga)
     settings = config.serve_fpga
     image = checked_image(settings)
     keys, generated = client_keys(config, None)
-    return {
+    plan = {
         "image": None if settings.image is None else str(settings.image),
         "host": settings.host,
         "listen": settings.listen,
@@ -58,6 +58,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         "keys": sorted(keys) if generated is None else ["made when it starts"],
         "record": None if settings.record is None else str(settings.record),
     }
+    return {"plan": plan}
 
 
 def serve(config: Config, progress: Progress, announce: Announce) -> None:

@@ -25,7 +25,7 @@ from edgetool.peers.table import PEERS, Peer, check
 from edgetool.progress import Progress
 from edgetool.progress_lines import size
 from edgetool.quantizers.guards import input_hashes, need_torch, refuse_quantized
-from edgetool.quantizers.prepare import SCHEMA, Prepared, calibration_of
+from edgetool.quantizers.prepare import RECORD_SCHEMA, Prepared, calibration_of
 from edgetool.runs import available_memory_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
 _RAW, _CONVERTED, _STAGED, _TOKENS = "backend", "converted", "model", "calibration.json"
@@ -167,7 +167,7 @@ class _PeerRun:
         smoke = audit.smoke(StreamedModel(output, self.prepared.device, self._compute_dtype()), original, self.progress)
         result = self._result(output, reports, smoke, tools, started)
         return {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "result": result,
             "source": {"spec": self.source.spec, "provenance": self.source.provenance, "sha256": hashes},
             "calibration": {

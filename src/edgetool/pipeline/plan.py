@@ -89,7 +89,7 @@ def _own_plan(work: Work, plan: Planned) -> dict[str, Any]:
 
 
 def _figures(plan: Mapping[str, Any]) -> dict[str, int | None]:
-    """Memory and disk of a command's plan; each command has its own words for them."""
+    """Memory and disk of a command's plan. Only quantize needs more disk than its output takes."""
     memory, disk = plan.get("memory"), plan.get("disk")
     sides = [side.get("needed_bytes") for side in plan.get("sides", [])]
     needed = memory.get("needed_bytes") if isinstance(memory, Mapping) else None
@@ -97,5 +97,5 @@ def _figures(plan: Mapping[str, Any]) -> dict[str, int | None]:
         needed = max((size for size in sides if size is not None), default=None)
     if isinstance(disk, Mapping):
         return {"memory_bytes": needed, "disk_bytes": disk["needed_bytes"], "output_bytes": disk.get("output_bytes")}
-    written = plan.get("disk_bytes", plan.get("output_bytes"))
+    written = plan.get("output_bytes")
     return {"memory_bytes": needed, "disk_bytes": written, "output_bytes": written}

@@ -15,7 +15,7 @@ from edgetool.artifacts import MANIFEST_NAME, atomic_write, disk_errors
 from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.runs import tool_versions
 
-SCHEMA = "edgetool.run/1"
+RECORD_SCHEMA = "edgetool.run-record/1"
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RunRecord:
             return cls(directory)
         try:
             document = json.loads(path.read_bytes())
-            if document["schema"] != SCHEMA:
+            if document["schema"] != RECORD_SCHEMA:
                 raise BadInput(
                     f"output {directory} was written by another command ({document['schema']})",
                     "choose another --output",
@@ -79,7 +79,7 @@ class RunRecord:
     def write(self) -> None:
         """Replace the record; a crash leaves the old one or the new one."""
         document = {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "steps": self.steps,
             "begun": self.begun,
             "failed_gates": self.failed_gates,

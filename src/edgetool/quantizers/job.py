@@ -24,7 +24,7 @@ from edgetool.quantizers.guards import (
     refuse_other_run,
     refuse_quantized,
 )
-from edgetool.quantizers.prepare import SCHEMA, Prepared, calibration_asked, calibration_of
+from edgetool.quantizers.prepare import RECORD_SCHEMA, Prepared, calibration_asked, calibration_of
 from edgetool.quantizers.recipe import Recipe
 from edgetool.runs import memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
@@ -221,7 +221,7 @@ class _Run:
         if gpu is not None:
             result["peak_gpu_bytes"] = gpu
         return {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "result": result,
             "source": {"spec": self.source.spec, "provenance": self.source.provenance, "sha256": hashes},
             "calibration": None

@@ -151,7 +151,7 @@ def make_plan(
         "sym": recipe.sym,
         "desc_act": recipe.desc_act,
         "device": device,
-        "modules": layers.n_layers * len(LINEARS_PER_LAYER) + int(config.quantize_lm_head),
+        "quantized_modules": layers.n_layers * len(LINEARS_PER_LAYER) + int(config.quantize_lm_head),
         "calibration_tokens": tokens,
         "memory": {"needed_bytes": needed, "available_bytes": int(available)},
         "disk": {"needed_bytes": costs.disk_bytes, "free_bytes": free_disk, "output_bytes": costs.output_bytes},

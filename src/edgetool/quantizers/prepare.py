@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from edgetool.models.streamed import StreamedModel
     from edgetool.quantizers.calibration import Calibration
 
-SCHEMA = "edgetool.quantize/1"
-"""Of edgetool.json and of the result, whatever quantised."""
+RECORD_SCHEMA = "edgetool.quantize-record/1"
+"""Of edgetool.json, whatever quantised."""
 
 
 def recipe_of(config: QuantizeConfig) -> Recipe:

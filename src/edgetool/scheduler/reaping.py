@@ -34,7 +34,8 @@ def reap(
     Returns:
         `reaped`: [{pid, command, lease, killed, used_memory_bytes}]; `spared`: the same without killed;
         `leases_freed`: ids; `memory_freed_bytes`; `memory_verified`: whether NVML was asked and showed none of them any
-        more, null where there was nothing to ask (no GPU, or a recorded inventory).
+        more, null where there was nothing to ask (no GPU, or a recorded inventory). Of a dry run {"plan": the same,
+        without killed and memory_verified}.
 
     Raises:
         VerificationFailed: a process or its memory is still there.
@@ -68,7 +69,7 @@ def reap(
         progress.warn(f"spared, since this command runs below them: {_listing(spared)}")
     if dry_run:
         targets()
-        return _result(list(seen.values()), spared, freed, None, "would_reap")
+        return {"plan": _result(list(seen.values()), spared, freed)}
     deadline = time.monotonic() + grace_s
     end = end_tree(targets, None, lambda: deadline)
     for process, item in seen.items():
@@ -80,7 +81,7 @@ def reap(
     free = [identity for identity in freed if directory.remove_if_free(identity)]
     with directory.locked() as opened:
         opened.scan(clean=True)
-    return _result(list(seen.values()), spared, free, verified, "reaped")
+    return {**_result(list(seen.values()), spared, free), "memory_verified": verified}
 
 
 def _described(process: ProcessId, lease: str, inventory: Inventory) -> dict[str, Any]:
@@ -113,15 +114,12 @@ def _memory_is_back(ended: set[ProcessId], inventory: Callable[[], Inventory]) -
         time.sleep(0.2)
 
 
-def _result(
-    items: list[dict[str, Any]], spared: list[dict[str, Any]], freed: list[str], verified: bool | None, name: str
-) -> dict[str, Any]:
+def _result(items: list[dict[str, Any]], spared: list[dict[str, Any]], freed: list[str]) -> dict[str, Any]:
     return {
-        name: items,
+        "reaped": items,
         "spared": spared,
         "leases_freed": freed,
         "memory_freed_bytes": sum(item["used_memory_bytes"] for item in items),
-        "memory_verified": verified,
     }
 
 

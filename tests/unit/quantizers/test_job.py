@@ -66,7 +66,7 @@ def test_the_result_says_how_large_the_weights_are_over_all_shards(tmp_path):
 def test_a_dry_run_writes_nothing(tmp_path):
     source = stirred_model(tmp_path / "model", "llama")
     found = quantize(source, tmp_path / "out", dry_run=True)
-    assert found["plan"]["modules"] == 14
+    assert found["plan"]["quantized_modules"] == 14
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

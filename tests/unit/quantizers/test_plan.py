@@ -36,9 +36,9 @@ def plan(source, output, gpu_free_bytes=None, **options):
 
 def test_a_plan_names_what_will_be_done(llama, tmp_path):
     found = plan(llama, tmp_path / "out")
-    assert (found["modules"], found["calibration_tokens"], found["group_size"]) == (14, 2000, 32)
+    assert (found["quantized_modules"], found["calibration_tokens"], found["group_size"]) == (14, 2000, 32)
     assert (found["method"], found["format"], found["bits"]) == ("gptq", "gptq", 4)
-    assert plan(llama, tmp_path / "out", quantize_lm_head=True)["modules"] == 15
+    assert plan(llama, tmp_path / "out", quantize_lm_head=True)["quantized_modules"] == 15
     assert plan(llama, tmp_path / "out", method="rtn")["calibration_tokens"] == 0
     assert found["memory"]["needed_bytes"] < found["memory"]["available_bytes"]
     assert found["time"]["expected_s"] > 0

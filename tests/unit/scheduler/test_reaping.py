@@ -288,7 +288,7 @@ def test_each_user_reaps_for_himself(open_scheduler: Scheduler, driver: Driver) 
 def test_a_dry_run_says_what_it_would_end_and_ends_nothing(scheduler: Scheduler, driver: Driver) -> None:
     _, orphan = lost_owner(scheduler, ONE, ["sleep", "600"])
     result = reap(scheduler.directory, driver, dry_run=True)
-    assert [item["pid"] for item in result["would_reap"]] == [orphan]
+    assert [item["pid"] for item in result["plan"]["reaped"]] == [orphan]
     assert identify(orphan)
     os.kill(orphan, signal.SIGKILL)
 
