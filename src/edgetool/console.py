@@ -168,15 +168,16 @@ class _BarProgress:
         from rich.console import Console
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         self._bars: RichProgress = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
             TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         )
@@ -230,7 +231,8 @@ class _Bar:
         done, total = (size(n) if self.unit == "B" else f"{n:g}" for n in (self.done, self.total))
         if note is not None:
             self.bars.update(self.identity, note=note)
-        self.bars.update(self.identity, advance=steps, count=f"{done}/{total}")
+        # parts of a step add up to almost one, and a bar that is almost full never ends
+        self.bars.update(self.identity, completed=round(self.done, 6), count=f"{done}/{total}")
 
 
 @dataclass

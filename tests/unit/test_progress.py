@@ -41,3 +41,15 @@ def test_steps_are_rows_with_their_state(capsys: pytest.CaptureFixture[str], mon
     assert "quantize" in first and "done" in first and "layer" not in first
     assert "eval" in second and "3 of 8 windows" in second and "perplexity" in second
     assert "image" in third and "waiting" in third
+
+
+def test_a_bar_whose_steps_were_done_in_parts_is_full_at_the_end() -> None:
+    from edgetool.console import _BarProgress
+
+    with _BarProgress() as progress:
+        with progress.task("quantise", 30) as task:
+            for _ in range(149):
+                task.advance(0.2)
+            assert not progress._bars.tasks[0].finished
+            task.advance(0.2)
+        assert progress._bars.tasks[0].finished

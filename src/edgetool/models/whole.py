@@ -10,6 +10,7 @@ from torch import Tensor
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import detect, read_linear
 from edgetool.errors import BadInput, EdgetoolError
+from edgetool.models.architectures import VISION_FAMILIES
 from edgetool.models.streamed import as_torch, load_config
 
 if TYPE_CHECKING:
@@ -57,11 +58,12 @@ def _plain_config(checkpoint: Checkpoint) -> Any:
 
 
 def _on_meta(checkpoint: Checkpoint, config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    vision = config.model_type in VISION_FAMILIES  # asked with text alone, they are language models like the others
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_config(config)
     except (ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{checkpoint.directory}: transformers has no language model for it: {reason}") from error

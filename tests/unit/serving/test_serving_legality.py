@@ -52,6 +52,30 @@ def test_a_usual_checkpoint_is_allowed_with_the_models_own_context():
     assert check(checkpoint(), None, VLLM, CPU).max_model_len == 32_768
 
 
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_family_that_only_runs_with_its_own_program_is_refused_and_pointed_to_the_board(engine):
+    with pytest.raises(BadInput, match="chatglm cannot be served") as caught:
+        check(checkpoint(model_type="chatglm"), quantized(), Demand(engine), CPU)
+    assert "serve-fpga" in str(caught.value.hint)
+
+
+def test_vllm_refuses_float32_for_quantised_weights_only():
+    asked = replace(VLLM, dtype="float32")
+    with pytest.raises(BadInput, match=r"float16 or bfloat16, and dtype is float32"):
+        check(checkpoint(), quantized(), asked, CPU)
+    assert check(checkpoint(), None, asked, CPU).dtype == "float32"
+    assert check(checkpoint(), quantized(), replace(asked, engine="transformers"), CPU).dtype == "float32"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_vision_families_behind_vllm_need_the_environment_for_gpus(family):
+    with pytest.raises(BadInput, match=f"{family} needs torchvision") as caught:
+        check(checkpoint(model_type=family), quantized(), VLLM, CPU)
+    assert caught.value.hint == "use --engine transformers"
+    check(checkpoint(model_type=family), quantized(), Demand("transformers"), CPU)
+    check(checkpoint(model_type=family), quantized(), VLLM, ADA)
+
+
 def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do():
     with pytest.raises(BadInput, match=r"group_size 128 does not divide in_features 8992 .*down_proj") as caught:
         check(checkpoint(), quantized(down=8992), VLLM, ADA)
