@@ -8,6 +8,7 @@ API = "answers of an API, and what stands in the logs of servers"
 PAGE = "pages and plots, which are files"
 NOT_SHOWN_MODULES = {
     "backends/jobs": "logs of other tools",
+    "completion": "what the Tab key offers",
     "data": "text that models read",
     "errors.py": "meanings of exit codes, for the documentation",
     "evaluation/code_decoders.py": "text that models read",
@@ -62,7 +63,8 @@ NOT_SHOWN_KEYWORDS = {
 FIXED = {
     "typer": [
         "Usage: ", "Options", "Arguments", "Commands", "Error: ", "Try '{1}' for help.", "Show this message and exit.",
-        "Missing command.", "No such command {1}.", "No such command {1}. Did you mean {2}?", "No such option: {1}",
+        "[required]", "Missing command.",
+        "No such command {1}.", "No such command {1}. Did you mean {2}?", "No such option: {1}",
         "Possible options: {1}", "Invalid value for {1}: {2}", "Invalid value: {1}", "Missing argument {1}.",
         "Missing option {1}.", "Missing parameter: {1}", "Got unexpected extra argument(s) ({1})", "Aborted!",
         "Option {1} requires an argument.", "Option {1} requires {2} arguments.", "Option {1} does not take a value.",

@@ -9,6 +9,7 @@ the conditions can turn out.
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -245,9 +246,20 @@ def _documented(module: Module) -> Iterator[tuple[str, int]]:
     """Help of commands: their docstrings, a paragraph each."""
     for node in ast.walk(module.tree):
         decorators = [ast.unparse(one) for one in getattr(node, "decorator_list", [])]
-        if isinstance(node, ast.FunctionDef) and any(re.search(r"\bapp\.|\bwith_", one) for one in decorators):
-            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
-                yield " ".join(paragraph.split()), node.lineno
+        registered = (module.path, getattr(node, "name", "")) in _registered()
+        if registered or any(re.search(r"\bapp\.|\bwith_", one) for one in decorators):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            yield from (
+                (" ".join(paragraph.split()), node.lineno) for paragraph in (text or "").split("\n\n") if paragraph
+            )
+
+
+@functools.cache
+def _registered() -> set[tuple[str, str]]:
+    """Commands that cli.py adds by `app.command("name")(module.function)`: their file and function."""
+    table = (SOURCE / "cli.py").read_text(encoding="utf-8")
+    found = re.findall(r"app\.command\(.*?\)\((\w+)\.(\w+)\)", table)
+    return {(f"commands/{name}.py", function) for name, function in found}
 
 
 def _words(module: Module) -> Iterator[tuple[str, int]]:

@@ -7,12 +7,14 @@ import itertools
 import os
 import shlex
 import signal
+import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer.core import TyperGroup
 
 from edgetool import __version__, console, messages
@@ -20,6 +22,7 @@ from edgetool.commands import (
     bench,
     chat,
     compile_vcu128,
+    completion,
     convert,
     demo,
     envs,
@@ -36,7 +39,7 @@ from edgetool.commands import (
 from edgetool.commands._options import Lang
 from edgetool.commands._run import schema_of
 from edgetool.config_sources import json_wanted
-from edgetool.errors import EdgetoolError, Stopped, Terminated
+from edgetool.errors import EdgetoolError, ReaderGone, Stopped, Terminated
 from edgetool.messages import choice
 
 INTERRUPTED = 130
@@ -65,6 +68,21 @@ class EdgetoolGroup(TyperGroup):
         self._arguments = tuple(args)
         return super().parse_args(ctx, args)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line, and answer for what stdout has not taken: help and versions are typer's to print."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _printed_by_typer(error):
+                raise
+            failure = console.unwritable(error)
+            console.Output("", as_json=False).error(failure)
+            raise SystemExit(failure.exit_code) from error
+        except SystemExit as leaving:
+            if isinstance(leaving.__context__, BrokenPipeError):  # typer gives it the exit code of a bug
+                raise SystemExit(ReaderGone.exit_code) from None
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
 
@@ -76,6 +94,8 @@ class EdgetoolGroup(TyperGroup):
         try:
             with _sigterm_raises(), _errors_translated():
                 return super().invoke(ctx)
+        except ReaderGone as error:
+            raise typer.Exit(error.exit_code) from error
         except EdgetoolError as error:
             if isinstance(error, Stopped) and error.hint is None:
                 error.hint = _again(self._arguments)
@@ -108,6 +128,13 @@ def _errors_translated() -> Iterator[None]:
         raise
 
 
+def _printed_by_typer(error: OSError) -> bool:
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    return innermost is not None and innermost.tb_frame.f_code is typer.echo.__code__
+
+
 def _document(output: console.Output, error: Exception) -> None:
     """The JSON document of a failure that typer (usage) or the interpreter (a bug: its traceback) puts in words."""
     say = getattr(error, "format_message", None)
@@ -120,9 +147,8 @@ def _document(output: console.Output, error: Exception) -> None:
 
 
 def _output(arguments: tuple[str, ...], commands: Collection[str]) -> console.Output:
-    words = (
-        word for before, word in itertools.pairwise(("", *arguments)) if before != "--lang"
-    )  # its value is no command
+    # the value of --lang is no command
+    words = (word for before, word in itertools.pairwise(("", *arguments)) if before != "--lang")
     typed = next((word for word in words if not word.startswith("-")), None)
     command = typed if typed in commands else "failure"
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -166,7 +192,12 @@ def _print_version(wanted: bool) -> None:
 
 # Plain help: it answers in a third of the time of the boxed one, and nothing in it is cut to the terminal's width.
 app = typer.Typer(
-    name="edgetool", cls=EdgetoolGroup, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+    name="edgetool",
+    cls=EdgetoolGroup,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,  # typer's own knows no values, and splits quoted words: edgetool/completion
 )
 
 
@@ -195,3 +226,17 @@ app.command("fpga-host")(fpga_host.fpga_host)
 app.command("chat")(chat.chat)
 app.command("run")(run.run_recipe)
 app.add_typer(jobs.app, name="jobs")
+app.command("completion")(completion.completion)
+
+
+def complete(arguments: Sequence[str]) -> None:
+    """Answer the script of a shell, `edgetool _complete SHELL -- WORDS`: see edgetool/completion.
+
+    This is no command of typer's: parsing alone would take longer than the answer, and a shell waits for it. Whatever
+    goes wrong, a line that is being typed is left alone.
+    """
+    with contextlib.suppress(Exception):
+        from edgetool.completion.replies import reply
+
+        shell, _, *words = arguments
+        sys.stdout.write(reply(shell, typer.main.get_command(app), words))

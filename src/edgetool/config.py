@@ -34,7 +34,7 @@ from edgetool.config_services import (
     ServeGpuConfig,
 )
 from edgetool.config_sources import COMMAND_LINE, Settings, gather, read_config_file
-from edgetool.config_values import HomePath, Section, key_of, must_of, option_of, setting
+from edgetool.config_values import HomeDirectory, HomePath, Section, key_of, must_of, option_of, setting
 from edgetool.errors import ConfigError, UsageError
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
 class CommonConfig(Section):
     """Settings that every command knows."""
 
-    cache_dir: HomePath = setting(
+    cache_dir: HomeDirectory = setting(
         Path("~/.cache/edgetool"),
         "where downloads and dequantised models are kept ($XDG_CACHE_HOME/edgetool when that is set)",
         "a directory",
@@ -95,7 +95,7 @@ class CommonConfig(Section):
         None, "access token for hf: and ms: models (never an option: options are seen in `ps`)", "a token", option=""
     )
 
-    lock_dir: HomePath | None = setting(
+    lock_dir: HomeDirectory | None = setting(
         None,
         "directory of the leases, shared by all users of the machine (default: /run/lock/edgetool, or a directory of "
         "your own where that cannot be made)",

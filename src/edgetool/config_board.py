@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgetool.config_values import Count, Duration, HomePath, Section, only_numbers, setting
+from edgetool.config_values import Address, Count, Duration, HomeDirectory, HomePath, Section, only_numbers, setting
 from edgetool.errors import ConfigError
 
-Address = Annotated[str, Field(min_length=1)]
+ListenAddress = Annotated[str, Field(min_length=1)]
 AnyPort = Annotated[int, BeforeValidator(only_numbers), Field(ge=0, le=65_535)]
 BoardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")]
 HostAndPort = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+):\d{1,5}$")]
@@ -39,8 +39,8 @@ class FpgaHostConfig(Section):
     required: ClassVar = {"image": "--image"}
     uses = ("scheduler",)
 
-    image: HomePath | None = setting(None, IMAGE, "an image directory")
-    listen: Address = setting("127.0.0.1", "address to listen on; 0.0.0.0 = all of this machine", "an address")
+    image: HomeDirectory | None = setting(None, IMAGE, "an image directory")
+    listen: ListenAddress = setting("127.0.0.1", "address to listen on; 0.0.0.0 = all of this machine", "an address")
     port: AnyPort = setting(8124, "port of protocol A; 0 = a free one", "a number from 0 to 65535")
     protocol: Literal["A", "B", "both"] = setting(
         "A", "what is spoken: A = frames of JSON and text, B = frames of token ids", "A, B or both"
@@ -64,11 +64,11 @@ class ServeFpgaConfig(Section):
 
     uses = ("scheduler",)
 
-    image: HomePath | None = setting(None, IMAGE, "an image directory")
+    image: HomeDirectory | None = setting(None, IMAGE, "an image directory")
     host: HostAndPort | None = setting(
         None, "a running host of a board (edgetool fpga-host) to pass on to", "HOST:PORT"
     )
-    listen: Address = setting("127.0.0.1", "address to listen on; 0.0.0.0 = all of this machine", "an address")
+    listen: ListenAddress = setting("127.0.0.1", "address to listen on; 0.0.0.0 = all of this machine", "an address")
     port: AnyPort = setting(7000, "port to listen on; 0 = a free one", "a number from 0 to 65535")
     served_model_name: Annotated[str, Field(min_length=1)] | None = setting(
         None, "name that clients ask for (default: that of the image, or what the host says)", "a name"
@@ -94,7 +94,7 @@ class ServeFpgaConfig(Section):
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_words)] = setting(
         (), "web origins whose pages may ask, with commas (default: none)", "origins such as https://chat.example.org"
     )
-    tokenizer: HomePath | None = setting(
+    tokenizer: HomeDirectory | None = setting(
         None, "tokenizer directory to count usage with, for hosts that do not count", "a directory"
     )
     board: BoardName | None = setting(None, BOARD, "letters, digits and . _ : - (64 at most)")
@@ -116,7 +116,7 @@ class ServeFpgaConfig(Section):
     grace_s: Duration = setting(
         10.0, "time after that until what still runs is killed", "a time such as 10 or 1m", option="--grace"
     )
-    state_dir: HomePath = setting(
+    state_dir: HomeDirectory = setting(
         Path("~/.local/state/edgetool/boards"),
         "where logs of hosts are kept ($XDG_STATE_HOME/edgetool/boards when that is set)",
         "a directory",
@@ -140,8 +140,10 @@ class ServeFpgaConfig(Section):
 class ChatConfig(Section):
     """Settings of `edgetool chat`."""
 
-    url: str | None = setting(None, "address of an OpenAI endpoint, with or without /v1", "an address", option="URL")
-    image: HomePath | None = setting(None, "image directory to talk to without a server", "an image directory")
+    url: Address | None = setting(
+        None, "address of an OpenAI endpoint, with or without /v1", "an address", option="URL"
+    )
+    image: HomeDirectory | None = setting(None, "image directory to talk to without a server", "an image directory")
     model: str | None = setting(None, "model to ask for (default: the only one served)", "a name")
     message: str | None = setting(None, "one question; print its answer and stop", "text")
     system: str | None = setting(None, "what the model is told before the first question", "text")

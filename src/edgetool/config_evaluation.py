@@ -6,7 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgetool.config_values import Count, Duration, HomePath, Section, names, only_numbers, setting, whole
+from edgetool.config_values import (
+    Address,
+    Count,
+    Device,
+    Duration,
+    HomeDirectory,
+    HomePath,
+    ModelName,
+    Section,
+    Suggest,
+    names,
+    only_numbers,
+    setting,
+    whole,
+)
 from edgetool.errors import ConfigError
 
 
@@ -15,22 +29,24 @@ class EvalConfig(Section):
 
     uses = ("serve_gpu", "scheduler", "envs")
 
-    model: str | None = setting(
+    model: ModelName | None = setting(
         None, "model to measure (with --endpoint: whose tokenizer the server has)", "a model", option="MODEL"
     )
-    against: str | None = setting(None, "the original, measured on the same questions", "a model")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(names)] = setting(
+    against: ModelName | None = setting(None, "the original, measured on the same questions", "a model")
+    tasks: Annotated[tuple[Annotated[str, Suggest(source="tasks")], ...], BeforeValidator(names)] = setting(
         (), "what to measure, with commas (docs/eval.md lists the tasks)", "names of tasks, such as arc_easy,perplexity"
     )
-    output: HomePath | None = setting(None, "directory to write, which must not exist", "a directory")
-    endpoint: str | None = setting(None, "measure an OpenAI endpoint: its address, with or without /v1", "an address")
+    output: HomeDirectory | None = setting(None, "directory to write, which must not exist", "a directory")
+    endpoint: Address | None = setting(
+        None, "measure an OpenAI endpoint: its address, with or without /v1", "an address"
+    )
     endpoint_model: Annotated[str, Field(min_length=1)] | None = setting(
         None, "model to ask the endpoint for (default: the only one served)", "a name"
     )
     via: Literal["serve-gpu"] | None = setting(
         None, "serve each model with serve-gpu and measure the server, in place of in-process", "serve-gpu"
     )
-    data_dir: HomePath | None = setting(
+    data_dir: HomeDirectory | None = setting(
         None,
         "directory with the data, a folder a task ($EDGETOOL_DATA_DIR when that is set; default: the hub)",
         "a directory",
@@ -55,9 +71,7 @@ class EvalConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "dtype of the model in-process; auto = the fast one of the device", "auto or a dtype"
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = setting(
-        "auto", "where to compute", "auto, cpu, cuda or cuda:N"
-    )
+    device: Device = setting("auto", "where to compute", "auto, cpu, cuda or cuda:N")
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
     concurrency: Count = setting(8, "requests under way at an endpoint at once", "a number of at least 1")
     timeout_s: Duration = setting(600.0, "longest wait for an endpoint's answer", "a time", option="--timeout")

@@ -9,11 +9,25 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgetool.config_values import Count, HomePath, Section, Size, names, only_numbers, setting, whole
+from edgetool.config_values import (
+    Count,
+    Device,
+    HomeDirectory,
+    HomePath,
+    ModelName,
+    Section,
+    Size,
+    Suggest,
+    names,
+    only_numbers,
+    setting,
+    whole,
+)
 from edgetool.errors import ConfigError
 
 BackendName = Literal["native", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq"]
 _BACKENDS = ", ".join(get_args(BackendName)[:-1]) + f" or {get_args(BackendName)[-1]}"
+_CALIBRATION = Suggest(words=("builtin", "self"), paths="files", suffixes=("jsonl", "json", "txt", "parquet"))
 
 
 def usual_format(so_far: Mapping[str, Any]) -> str:
@@ -29,8 +43,8 @@ class QuantizeConfig(Section):
     required: ClassVar = {"model": "MODEL", "output": "--output"}
     uses = ("envs",)
 
-    model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
-    output: HomePath = setting(Path(), "directory to write, which must not exist", "a directory")
+    model: ModelName = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
+    output: HomeDirectory = setting(Path(), "directory to write, which must not exist", "a directory")
     backend: BackendName = setting(
         "native", "what quantises: edgetool itself, or a tool in an environment of its own (edgetool envs)", _BACKENDS
     )
@@ -55,10 +69,8 @@ class QuantizeConfig(Section):
         "checkpoint layout; default awq for 4-bit awq, compressed-tensors from llmcompressor, else gptq",
         "gptq, awq or compressed-tensors",
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = setting(
-        "auto", "where to compute", "auto, cpu, cuda or cuda:N"
-    )
-    calib: Annotated[str, Field(min_length=1)] = setting(
+    device: Device = setting("auto", "where to compute", "auto, cpu, cuda or cuda:N")
+    calib: Annotated[str, Field(min_length=1), _CALIBRATION] = setting(
         "builtin", "calibration text", "builtin, self, a .jsonl, .json, .txt or .parquet file, or hf:dataset"
     )
     calib_column: str | None = setting(None, "column of the calibration file that holds the text", "a column name")
@@ -130,8 +142,8 @@ class ConvertConfig(Section):
 
     required: ClassVar = {"source": "SRC"}
 
-    source: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="SRC")
-    output: HomePath | None = setting(None, "directory to write, which must not exist", "a directory")
+    source: ModelName = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="SRC")
+    output: HomeDirectory | None = setting(None, "directory to write, which must not exist", "a directory")
     to: Annotated[ConvertTarget | None, BeforeValidator(_format_name)] = setting(
         None, "what to write", f"{', '.join(CONVERT_TARGETS[:-1])} or {CONVERT_TARGETS[-1]}"
     )
@@ -189,21 +201,21 @@ class InspectConfig(Section):
 
     required: ClassVar = {"model": "MODEL"}
 
-    model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
+    model: ModelName = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
     revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
 
 
 class DemoConfig(Section):
     """Settings of `edgetool demo`."""
 
-    output: HomePath = setting(Path("demo-out"), "directory to write; replaced when it exists", "a directory")
+    output: HomeDirectory = setting(Path("demo-out"), "directory to write; replaced when it exists", "a directory")
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
 
 
 class CompileConfig(Section):
     """Settings of `edgetool compile-vcu128`."""
 
-    model: str = setting(
+    model: ModelName = setting(
         "", "quantised checkpoint: directory, .gguf file, hf:org/name or ms:org/name", "a model", option="MODEL"
     )
     output: HomePath = setting(
@@ -239,16 +251,18 @@ class CompileConfig(Section):
         "image, edgellm-tree or both",
     )
     jobs: Count | None = setting(None, "matrices packed at once (default: one per core)", "a number of at least 1")
-    inspect: HomePath | None = setting(None, "describe this image and check every hash", "an image")
-    diff: tuple[HomePath, HomePath] | None = setting(None, "compare two images", "two images")
+    inspect: HomeDirectory | None = setting(None, "describe this image and check every hash", "an image")
+    diff: tuple[HomeDirectory, HomeDirectory] | None = setting(None, "compare two images", "two images")
     extract: str | None = setting(None, "write this matrix of the image MODEL to --output, dequantised", "a name")
-    verify: str | None = setting(None, "compare the image MODEL with this checkpoint, element by element", "a model")
-    verify_run: str | None = setting(
+    verify: ModelName | None = setting(
+        None, "compare the image MODEL with this checkpoint, element by element", "a model"
+    )
+    verify_run: ModelName | None = setting(
         None, "run the image MODEL and compare with torch in float32 on this checkpoint", "a model"
     )
     numerics: Literal["et1", "fast"] = setting("et1", "how --verify-run computes: to the bit, or fast", "et1 or fast")
     trace: HomePath | None = setting(None, "file for a line of JSON for every operation of --verify-run", "a file")
-    push: HomePath | None = setting(None, "write this image to --device and read it back", "an image")
+    push: HomeDirectory | None = setting(None, "write this image to --device and read it back", "an image")
     device: HomePath | None = setting(None, "XDMA device to push to, e.g. /dev/xdma0_h2c_0", "a device or empty file")
     revision: str | None = setting(None, "branch, tag or commit of a hub model", "a name")
     resume: bool = setting(False, "go on with an unfinished run of the same configuration", "true or false")

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from edgetool.config_values import Count, Duration, HomePath, Section, only_numbers, setting
+from edgetool.config_values import Count, Duration, HomeDirectory, ModelName, Section, Suggest, only_numbers, setting
 
-JobNumber = Annotated[int, BeforeValidator(only_numbers), Field(ge=1)]
+JobNumber = Annotated[int, BeforeValidator(only_numbers), Field(ge=1), Suggest(source="jobs")]
+_RECIPE = Suggest(source="models", paths="files", suffixes=("toml", "gguf"))
 
 
 def _listed(value: object) -> object:
@@ -21,12 +22,14 @@ def _listed(value: object) -> object:
 class RunConfig(Section):
     """Settings of `edgetool run`."""
 
-    target: str = setting("", "recipe, or with --preset a model", "a .toml file or a model", option="RECIPE|MODEL")
+    target: Annotated[str, _RECIPE] = setting(
+        "", "recipe, or with --preset a model", "a .toml file or a model", option="RECIPE|MODEL"
+    )
     preset: Literal["vcu128", "gpu", "smoke"] | None = setting(
         None, "recipe of edgetool's own to run MODEL through", "vcu128, gpu or smoke"
     )
-    model: str | None = setting(None, "model to start from, in place of the recipe's", "a model")
-    output: HomePath | None = setting(
+    model: ModelName | None = setting(None, "model to start from, in place of the recipe's", "a model")
+    output: HomeDirectory | None = setting(
         None, "directory with a directory for each step, in place of the recipe's; run again, it goes on", "a directory"
     )
     changes: Annotated[tuple[str, ...], BeforeValidator(_listed)] = setting(
@@ -47,7 +50,7 @@ class RunConfig(Section):
 class JobsConfig(Section):
     """Settings of `edgetool jobs`, and where every long command records itself."""
 
-    directory: HomePath = setting(
+    directory: HomeDirectory = setting(
         Path("~/.local/state/edgetool/jobs"),
         "where jobs are recorded and their logs kept ($XDG_STATE_HOME/edgetool/jobs when that is set)",
         "a directory",

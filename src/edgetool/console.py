@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from edgetool.errors import EdgetoolError
+from edgetool.errors import EdgetoolError, ReaderGone, ResourceUnavailable
 from edgetool.messages import label, translated
 from edgetool.progress import NullProgress, Progress, Steps, Task
 from edgetool.progress_lines import JsonProgress, PlainProgress, count, event_line, size
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _UNBOUNDED_COLUMNS = 100_000
+_LEAST_COLUMNS = 60
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Output:
                 yield
         finally:
             if saved_fd is not None:
-                self._stdout.flush()
                 os.dup2(saved_fd, 1)
-                self._stdout.close()
+                with contextlib.suppress(OSError):  # what could not be written has been an error already
+                    self._stdout.close()
             self._stdout = self._saved_fd = None
 
     def result(self, result: Mapping[str, Any], blocks: Sequence[Block]) -> None:
@@ -83,10 +84,7 @@ class Output:
         stream = self._stdout or sys.stdout
         _tolerate_any_text(stream)
         console = _console(stream)
-        for position, block in enumerate(blocks):
-            if position:
-                console.print()
-            _print_block(console, block, stream)
+        self.text("\n".join(_drawn(console, block, stream.isatty()) for block in blocks))
 
     def descriptor(self) -> int:
         """The descriptor of the real stdout, for a child whose output is the command's result."""
@@ -95,14 +93,22 @@ class Output:
     def clear(self) -> None:
         """Empty the terminal for the next of several results; elsewhere they follow each other."""
         stream = self._stdout or sys.stdout
-        stream.write("\x1b[H\x1b[2J\x1b[3J" if stream.isatty() else "\n")
+        self.text("\x1b[H\x1b[2J\x1b[3J" if stream.isatty() else "\n")
 
     def text(self, text: str) -> None:
-        """Print text on stdout as it is."""
+        """Print text on stdout as it is.
+
+        Raises:
+            ReaderGone: nobody reads it any more.
+            ResourceUnavailable: it cannot be written (a full disk).
+        """
         stream = self._stdout or sys.stdout
         _tolerate_any_text(stream)
-        stream.write(text)
-        stream.flush()
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError as error:
+            raise unwritable(error) from error
 
     def failure(
         self,
@@ -119,16 +125,19 @@ class Output:
         `details` are further fields of the document.
         """
         error = {"type": type_name, "message": message, "hint": hint, "exit_code": exit_code}
-        if say and self.progress_mode == "json":
-            sys.stderr.write(event_line("error", **error) + "\n")
-        elif say:
-            strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours(sys.stderr) else ("", "")
-            _tolerate_any_text(sys.stderr)
-            shown = f"{strong}{label('error: ')}{plain}{translated(message)}\n"
-            sys.stderr.write(shown + (f"{label('hint: ')}{translated(hint)}\n" if hint else ""))
-        sys.stderr.flush()
+        # Where stdout or stderr cannot be written, the exit code alone has to say it.
+        with contextlib.suppress(OSError):
+            if say and self.progress_mode == "json":
+                sys.stderr.write(event_line("error", **error) + "\n")
+            elif say:
+                strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours(sys.stderr) else ("", "")
+                _tolerate_any_text(sys.stderr)
+                shown = f"{strong}{label('error: ')}{plain}{translated(message)}\n"
+                sys.stderr.write(shown + (f"{label('hint: ')}{translated(hint)}\n" if hint else ""))
+            sys.stderr.flush()
         if self.json and not self._said:  # a server that fails after it said that it is ready has given its document
-            self._print({"schema": self.schema, "ok": False, **error, **(details or {})})
+            with contextlib.suppress(ReaderGone, ResourceUnavailable):
+                self._print({"schema": self.schema, "ok": False, **error, **(details or {})})
 
     def error(self, error: EdgetoolError) -> None:
         """Report an EdgetoolError."""
@@ -136,10 +145,8 @@ class Output:
 
     def _print(self, document: Mapping[str, Any]) -> None:
         # ASCII only, so that no locale can refuse it; NaN and infinity are not JSON, and become null.
-        stream = self._stdout or sys.stdout
         self._said = True
-        stream.write(json.dumps(_strict(document), indent=2, allow_nan=False, default=str) + "\n")
-        stream.flush()
+        self.text(json.dumps(_strict(document), indent=2, allow_nan=False, default=str) + "\n")
 
 
 @contextlib.contextmanager
@@ -274,19 +281,24 @@ def _divert_stdout(stream: TextIO) -> int | None:
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    # Off a terminal rich assumes 80 columns and cuts; a file or a pipe has no width.
-    return Console(file=stream, width=None if stream.isatty() else _UNBOUNDED_COLUMNS, highlight=False, markup=False)
+    console = Console(file=stream, highlight=False, markup=False)
+    # Off a terminal rich assumes 80 columns and cuts; a file or a pipe has no width. On a very narrow terminal lines
+    # that it wraps are easier to read than columns of one letter.
+    console.width = max(console.width, _LEAST_COLUMNS) if stream.isatty() else _UNBOUNDED_COLUMNS
+    return console
 
 
-def _print_block(console: Console, block: Block, stream: TextIO) -> None:
+def _drawn(console: Console, block: Block, on_terminal: bool) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text as RichText
 
-    if block.title:
-        console.print(RichText(label(block.title), style="bold"))
+    with console.capture() as drawn:
+        if block.title:
+            console.print(RichText(label(block.title), style="bold"))
+        if isinstance(block, Text):
+            console.print(RichText(translated(block.body)))
     if isinstance(block, Text):
-        console.print(RichText(translated(block.body)))
-        return
+        return drawn.get()
     table = RichTable(box=None, show_header=bool(block.headers), pad_edge=False, header_style="dim")
     width = max((len(row) for row in block.rows), default=len(block.headers))
     for column in range(width):
@@ -296,11 +308,20 @@ def _print_block(console: Console, block: Block, stream: TextIO) -> None:
         # a first cell below a header is somebody's name for something, and stays as it is unless it is a sentence
         names = translated if block.headers else label
         table.add_row(*(RichText((label if column else names)(cell)) for column, cell in enumerate(row)))
-    with console.capture() as drawn:
+    with console.capture() as rows:
         console.print(table)
     # rich pads the last column too; in a file or a pipe that is noise
-    lines = drawn.get().splitlines()
-    stream.write("".join(f"{line if stream.isatty() else line.rstrip()}\n" for line in lines))
+    lines = rows.get().splitlines()
+    return drawn.get() + "".join(f"{line if on_terminal else line.rstrip()}\n" for line in lines)
+
+
+def unwritable(error: OSError) -> EdgetoolError:
+    """What it means that stdout could not be written."""
+    if isinstance(error, BrokenPipeError):
+        return ReaderGone("nobody reads the output any more")
+    return ResourceUnavailable(
+        f"the output cannot be written to stdout: {error.strerror}", "run the command again where there is space for it"
+    )
 
 
 def _colours(stream: TextIO) -> bool:

@@ -79,6 +79,12 @@ class Stopped(EdgetoolError):
     exit_code = 75
 
 
+class ReaderGone(EdgetoolError):
+    """Whoever read stdout reads no more (`| head -1`): nothing to say, and nobody to say it to."""
+
+    exit_code = 141
+
+
 class Terminated(BaseException):
     """SIGTERM arrived and no job was there to turn it into an orderly stop."""
 
@@ -97,6 +103,7 @@ EXIT_CODES: dict[int, str] = {
     8: "verification failed (mismatch, checksum, accuracy gate)",
     75: "stopped on request; run again with --resume",
     130: "interrupted (SIGINT)",
+    141: "whoever read stdout went away before the end, as in `| head -1` (what SIGPIPE gives)",
     143: "terminated (SIGTERM)",
 }
 """Exit code -> meaning. docs/exit-codes.md is generated from this table."""

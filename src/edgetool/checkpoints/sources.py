@@ -6,6 +6,7 @@ kept: GGUF imports and the demo model in edgetool's cache, hub snapshots in the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -195,7 +196,9 @@ def _cached(place: Path, build: Callable[[Path], dict[str, Any]], progress: Prog
 def _closed_cache(place: Path) -> Iterator[None]:
     try:
         yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+            raise
         raise BadInput(
             f"the cache cannot be written: {error.filename or place}: {error.strerror}",
             "set EDGETOOL_CACHE_DIR to a directory of yours",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 import typer
@@ -81,8 +81,7 @@ def _show(error: Any, file: IO[Any] | None = None) -> None:
 
 
 def _paragraph(text: str, width: int) -> list[str]:
-    return wrapped(translated(" ".join(_lines(text))), width)
-
-
-def _lines(text: str) -> Iterable[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())
+    """One paragraph in lines; what typer adds behind a help text, two spaces apart, is a text of its own."""
+    parts = (" ".join(part.split()) for part in text.replace("\n", " ").split("  ["))
+    said = [translated(part if position == 0 else f"[{part}") for position, part in enumerate(parts)]
+    return wrapped(" ".join(said), width)

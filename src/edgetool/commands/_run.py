@@ -6,9 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from edgetool.errors import BadInput
 
 if TYPE_CHECKING:
     from edgetool.config import Config
@@ -80,10 +83,22 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
 
         show_config(settings, command, output)
         raise typer.Exit()
+    if command in JOBS or command == "chat":
+        _need_working_directory()
     with output.reserved(), contextlib.ExitStack() as live:
         shown = live.enter_context(console.progress(settings.common.progress))
         with _job(settings, command, output, shown) as progress:
             yield Run(settings, progress, output, live)
+
+
+def _need_working_directory() -> None:
+    """Refuse a directory that was removed below the shell: libraries end the process there with words of their own."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise BadInput(
+            "the working directory has been removed, and paths start from it", "cd to a directory that exists"
+        ) from None
 
 
 def schema_of(ctx: Any) -> str:
