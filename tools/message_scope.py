@@ -74,8 +74,8 @@ FIXED = {
         "Show completion for the current shell, to copy it or customize the installation.",
     ],
     "progress": [
-        "{1} of {2}", "done in {1}", "about {1} left", "still running after {1}", "stopped", "waiting", "running",
-        "done", "failed", "unchanged", "left", "stopping", "warning: ", "error: ", "hint: ",
+        "{1} of {2}", "{1} to {2}", "done in {1}", "about {1} left", "still running after {1}", "stopped", "waiting",
+        "running", "done", "failed", "unchanged", "left", "stopping", "warning: ", "error: ", "hint: ",
     ],
     "the system": [
         "No such file or directory", "Permission denied", "Not a directory", "Is a directory", "File exists",
@@ -110,6 +110,8 @@ NOT_SHOWN = {
     "et1 = bit for bit as docs/image-format.md defines; fast = nearly so, and much faster",
     "where fast numerics are computed; auto = CUDA where there is a device",
     "board to lease (default: a simulated one of its own)",
+    # a setting of typer's
+    "allow interspersed args",
     # for those who write edgetool
     "None is the absence of an answer",
 }  # fmt: skip

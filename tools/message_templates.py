@@ -18,7 +18,12 @@ from pathlib import Path
 
 from message_scope import CODE, FIXED, NOT_SHOWN, NOT_SHOWN_CALLEES, NOT_SHOWN_KEYWORDS, NOT_SHOWN_MODULES
 
+from edgetool.commands._blocks import words
+
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetool"
+
+NO_TABLES = {f"commands/{name}.py" for name in ("_options", "_run", "_blocks", "_show_config", "quantize")}
+"""Commands' modules whose keys are no names of rows."""
 
 MOST_VARIANTS = 8
 PLURAL = "{s}"
@@ -85,7 +90,9 @@ def templates() -> dict[str, list[str]]:
     for path in sorted(SOURCE.rglob("*.py")):
         name = path.relative_to(SOURCE).as_posix()
         if not any(name == left_out or name.startswith(f"{left_out}/") for left_out in NOT_SHOWN_MODULES):
-            for template, line in module_templates(path.read_text(), name):
+            for template, line in module_templates(path.read_text(encoding="utf-8"), name):
+                if template in NOT_SHOWN:
+                    continue
                 found.setdefault(template, []).append(f"{name}:{line}")
     return found
 
@@ -206,7 +213,7 @@ def renumbered(template: str) -> str:
 def _for_people(template: str, node: ast.expr, module: Module) -> bool:
     literal = HOLE.sub(" ", template)
     words = re.findall(r"(?<![\w.\-/])[A-Za-z][a-z_']+(?![\w/]|[.-]\w)", literal)
-    if template in NOT_SHOWN or CODE.fullmatch(template):
+    if CODE.fullmatch(template):
         return False
     parent = module.parents.get(node)
     if isinstance(parent, ast.Call) and ast.unparse(parent.func) == "setting" and " or " in template:
@@ -272,6 +279,11 @@ def _words(module: Module) -> Iterator[tuple[str, int]]:
         if in_commands and isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "headers":
             for part in ast.walk(node.value):
                 yield from _word(module, part)
+        if (
+            in_commands and isinstance(node, ast.Dict) and module.path not in NO_TABLES
+        ):  # rows by name, or a record whose keys are shown in words
+            keys = [key for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+            yield from ((words(key.value), key.lineno) for key in keys if re.search("[a-z]{2}", key.value))
         if not isinstance(node, ast.Call):
             continue
         callee = ast.unparse(node.func).rsplit(".", 1)[-1]
@@ -292,23 +304,15 @@ def _words(module: Module) -> Iterator[tuple[str, int]]:
             )
             if isinstance(unit, ast.Constant) and unit.value not in ("", "B"):
                 yield f"{{1}} of {{2}} {unit.value}{'' if unit.value.endswith('s') else PLURAL}", node.lineno
-        if callee in {"facts", "report"}:
-            for part in ast.walk(node):
-                if isinstance(part, ast.Dict):
-                    for key in part.keys:
-                        if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                            from edgetool.commands._blocks import words
-
-                            yield words(key.value), key.lineno
 
 
 def _word(module: Module, node: ast.AST | None) -> Iterator[tuple[str, int]]:
     """A constant of letters, unless it is a key or is compared."""
     if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
         return
-    if not re.fullmatch(r"[A-Za-z][a-zA-Z' ]+", node.value):
+    if not re.fullmatch(r"[A-Za-z0-9][\w '%/,]*[a-z]{2}[\w '%/,]*", node.value):
         return
     parent = module.parents.get(node)
     asked = isinstance(parent, ast.Call) and ast.unparse(parent.func).endswith(("get", "getattr"))
-    if not asked and not isinstance(parent, ast.Subscript | ast.Compare):
+    if not asked and not isinstance(parent, ast.Subscript | ast.Compare | ast.JoinedStr):
         yield node.value, node.lineno
