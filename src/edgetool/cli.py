@@ -35,7 +35,7 @@ from edgetool.commands import (
     serve_fpga,
     serve_gpu,
 )
-from edgetool.commands._run import schema_of
+from edgetool.commands._run import has_documents, schema_of
 from edgetool.config_sources import json_wanted
 from edgetool.errors import EdgetoolError, ReaderGone, Stopped, Terminated
 
@@ -77,7 +77,7 @@ class EdgetoolGroup(TyperGroup):
             typer.Exit: with the exit code of docs/exit-codes.md, after a known failure.
             Exception: a bug, as it is, so that its traceback is shown.
         """
-        output = ctx.obj = _output(self._arguments, self.commands)
+        output = ctx.obj = _output(self._arguments, {name for name, one in self.commands.items() if has_documents(one)})
         try:
             with _sigterm_raises():
                 return super().invoke(ctx)
