@@ -37,7 +37,7 @@ from edgetool.commands import (
     serve_gpu,
 )
 from edgetool.commands._options import Lang
-from edgetool.commands._run import schema_of
+from edgetool.commands._run import has_documents, schema_of
 from edgetool.config_sources import json_wanted
 from edgetool.errors import EdgetoolError, ReaderGone, Stopped, Terminated
 from edgetool.messages import choice
@@ -90,7 +90,7 @@ class EdgetoolGroup(TyperGroup):
             typer.Exit: with the exit code of docs/exit-codes.md, after a known failure.
             Exception: a bug, as it is, so that its traceback is shown.
         """
-        output = ctx.obj = _output(self._arguments, self.commands)
+        output = ctx.obj = _output(self._arguments, {name for name, one in self.commands.items() if has_documents(one)})
         try:
             with _sigterm_raises(), _errors_translated():
                 return super().invoke(ctx)

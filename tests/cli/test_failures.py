@@ -147,6 +147,8 @@ def test_stdout_that_is_closed_early_is_no_bug() -> None:
     ("arguments", "schema", "code"),
     [
         (("nosuch",), "edgetool.failure/1", 2),
+        (("envs",), "edgetool.failure/1", 2),
+        (("completion", "tcsh"), "edgetool.failure/1", 2),
         (("quantize", "--nosuch"), "edgetool.quantize/1", 2),
         (("gpus", "nosuch"), "edgetool.gpus/1", 2),
         (("gpus", "reap", "--nosuch"), "edgetool.gpus-reap/1", 2),
