@@ -203,6 +203,12 @@ def test_json_is_the_same_byte_for_byte(tiny: Callable[..., Path], tmp_path: Pat
     assert chinese.isascii()
 
 
+def test_the_value_of_an_option_before_the_command_is_not_taken_for_the_command() -> None:
+    failed = edgetool("--lang", "zh_CN", "inspect", "nowhere", "--json", env=ENGLISH)
+    assert json.loads(failed.stdout)["schema"] == "edgetool.inspect/1"
+    assert json.loads(failed.stdout)["message"] == "nowhere: no such file or directory"
+
+
 def test_the_log_of_a_job_is_english(tiny: Callable[..., Path], tmp_path: Path) -> None:
     jobs = {"EDGETOOL_JOBS_RECORD": "1", "EDGETOOL_JOBS_DIRECTORY": str(tmp_path / "jobs")}
     converted = edgetool(
