@@ -134,7 +134,7 @@ def vcu128(
         simulator.append(f"head_dim {head_dim}: must be a multiple of 32")
     notes = {
         "edgellm": "byte-compatible with the board",
-        "sim": "desc_act is folded or gathered" if desc_act else "fits",
+        "sim": "desc_act is folded or gathered" if desc_act else "it fits",
     }
     return [
         KernelVerdict(f"vcu128 {profile}", not reasons, "; ".join(reasons) or notes[profile])

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgetool import errors
 from edgetool.errors import BackendFailed, EdgetoolError, Stopped
-from edgetool.pipeline.command_line import as_settings, inserted
+from edgetool.pipeline.command_line import for_a_step, inserted
 from edgetool.pipeline.recipe import Step
 from edgetool.process.child import Child, describe
 from edgetool.progress import Progress, Steps
@@ -153,4 +153,4 @@ def failure_of(step: Step, exit_code: int, document: Mapping[str, Any]) -> Edget
     make: Callable[..., EdgetoolError] = BackendFailed
     if isinstance(kind, type) and issubclass(kind, EdgetoolError):
         make = kind
-    return make(message, None if hint is None else as_settings(str(hint), step.name, step.command))
+    return make(message, None if hint is None else for_a_step(str(hint), step.name, step.command))

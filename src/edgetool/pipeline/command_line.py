@@ -54,20 +54,18 @@ def inserted(words: Sequence[str], options: Sequence[str]) -> list[str]:
     return [*words[:end], *options, *words[end:]]
 
 
-def as_settings(hint: str, step: str, command: Command) -> str:
-    """A command's hint for those who run it as a step: `--group-size 64` is `--set STEP.group_size=64` there.
+def for_a_step(hint: str, step: str, command: Command) -> str:
+    """A command's hint for those who run it as a step: how a recipe says the options that the hint names.
 
     A hint that is a whole command line stays as it is.
     """
     keys = {option_of(*item): key_of(*item) for item in SECTIONS[command.section].model_fields.items()}
-
-    def setting(found: re.Match[str]) -> str:
-        key = keys.get(found["option"])
-        if key is None or key in command.set_by_us:
-            return found[0]
-        return f"--set {step}.{key}={found['value'] or '...'}"
-
-    return hint if "edgetool " in hint else _OPTION.sub(setting, hint)
+    settings = [
+        f"--set {step}.{keys[found['option']]}={found['value'] or '...'}"
+        for found in _OPTION.finditer(hint)
+        if keys.get(found["option"], "output") not in command.set_by_us
+    ]
+    return hint if "edgetool " in hint or not settings else f"{hint}; for this step: {' '.join(settings)}"
 
 
 def path_text(path: Path) -> str:
