@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from edgetool.cli import app
 from edgetool.commands._run import NOT_SETTINGS
@@ -103,6 +104,13 @@ def test_defaults_in_help_texts_are_those_of_the_configuration(command: str) -> 
             default = "5GB"
         if stated and default is not None and fields[name].default_factory is None:
             assert stated[1] == as_typed(default), name
+
+
+@pytest.mark.parametrize("group", [(), ("envs",), ("gpus",), ("jobs",)])
+def test_lists_of_commands_are_cut_nowhere_on_80_columns(group: tuple[str, ...]) -> None:
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*group, "--help"])
+    assert shown.exit_code == 0 and "Commands:" in shown.stdout
+    assert not [line for line in shown.stdout.splitlines() if line.endswith("...") and not line.startswith("Usage")]
 
 
 def test_the_makefile_and_ci_hold_what_the_readme_promises() -> None:

@@ -20,7 +20,7 @@ def completion(
     ctx: typer.Context,
     shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.", show_default=False)],
 ) -> None:
-    """Print the script that completes commands, options and values at the Tab key.
+    """Print the script that lets the Tab key complete.
 
     `source <(edgetool completion bash)` in ~/.bashrc is enough; docs/shell.md has zsh and fish.
     """

@@ -58,7 +58,7 @@ def convert(
         int | None, Option("--threads", metavar="N", help="CPU threads [default: one per core, at most 8].")
     ] = None,
 ) -> None:
-    """Convert a quantised checkpoint to another layout, without changing a weight.
+    """Convert a checkpoint without changing a weight.
 
     Each tensor is read back and compared; what has no lossless form in FORMAT is refused.
     """

@@ -34,7 +34,7 @@ TorchIndex = Annotated[
 
 @app.callback()
 def envs() -> None:
-    """Make, look at and remove the environments of vLLM and of other quantisers.
+    """Keep environments of vLLM and of other quantisers.
 
     Their requirements contradict each other and edgetool's, so each lives in a virtual environment of its own.
     """
@@ -65,7 +65,7 @@ def install(
     torch_index: TorchIndex = None,
     offline: o.Offline = None,
 ) -> None:
-    """Install an environment, or build it anew when its list of requirements has changed.
+    """Install an environment, anew when its list has changed.
 
     One that is ready stays as it is, unless --python asks for another interpreter.
     """
@@ -86,7 +86,7 @@ def remove(
     name: Name = None,
     directory: Directory = None,
 ) -> None:
-    """Delete an environment that edgetool has installed and nobody uses."""
+    """Delete an environment that nobody uses."""
     with run(ctx, "envs") as this:
         from edgetool.backends import environments, installer
         from edgetool.commands._blocks import report

@@ -49,7 +49,7 @@ def gpus(
     watch: Watch = None,
     interval_s: Interval = None,
 ) -> None:
-    """Show this machine's GPUs, ports and boards, who uses them and who has leased them.
+    """Show who uses or leases which GPUs, ports and boards.
 
     Works without an NVIDIA driver, for ports and boards. EDGETOOL_NVML_FIXTURE shows a recorded machine.
     """
@@ -87,9 +87,10 @@ def run(
     wait_s: Wait = None,
     dry_run: DryRun = None,
 ) -> None:
-    """Run a command on leased GPUs, ports or boards, and return its exit code.
+    """Run a command on leased GPUs, ports or boards.
 
-    The command finds its GPUs in CUDA_VISIBLE_DEVICES. The lease ends with the last of its processes.
+    The command finds its GPUs in CUDA_VISIBLE_DEVICES, and its exit code is returned. The lease ends with the last of its
+    processes.
     """
     with run_command(ctx, "gpus") as this:
         from edgetool.commands._under_lease import plan, run_under_lease
@@ -120,7 +121,7 @@ def reap(
     grace_s: Grace = None,
     dry_run: DryRun = None,
 ) -> None:
-    """End the processes of your leases whose owner is gone, and prove that they and their memory are gone.
+    """End what your leases left running, and prove that it is gone.
 
     Only your own: never a process of somebody else, nor one that works under no lease.
     """

@@ -24,7 +24,7 @@ def jobs(
     ctx: typer.Context,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Jobs to list [default: 20].")] = None,
 ) -> None:
-    """List the long commands that run or have run: state, exit code, output.
+    """List the long commands that run or have run.
 
     One that was killed is lost. `edgetool jobs logs -f ID` follows one, `edgetool jobs cancel ID` ends one.
     """
@@ -70,7 +70,7 @@ def cancel(
         bool | None, typer.Option("--keep", help="Keep the unfinished output that --resume can go on with.")
     ] = None,
 ) -> None:
-    """End a job and everything it has started, prove that it is gone, and remove its unfinished output."""
+    """End a job with all it has started and half written."""
     with run(ctx, "jobs") as this:
         from edgetool.commands._blocks import report
         from edgetool.jobs.cancelling import cancel as end
@@ -89,7 +89,7 @@ def clean(
         typer.Option("--older-than", metavar="TIME", help="Only jobs that ended so long ago, such as 7d [default: 0]."),
     ] = None,
 ) -> None:
-    """Forget jobs that have ended, and their logs; what they wrote stays."""
+    """Forget jobs that have ended; what they wrote stays."""
     with run(ctx, "jobs") as this:
         import time
 

@@ -43,7 +43,7 @@ def run_recipe(
     show_recipe: Annotated[bool | None, Option("--show-recipe", help="Print the recipe and stop.")] = None,
     dry_run: o.DryRun = None,
 ) -> None:
-    """Quantise, convert, evaluate, compile and serve in one command.
+    """Run a recipe of commands; again, only what has changed.
 
     The steps of a recipe run one after the other; those whose input and settings are as before are not run again.
     `edgetool run demo --preset smoke -o runs/smoke` tries everything on a small model.
