@@ -89,8 +89,8 @@ def run(
 ) -> None:
     """Run a command on leased GPUs, ports or boards.
 
-    The command finds its GPUs in CUDA_VISIBLE_DEVICES, and its exit code is returned. The lease ends with the last of its
-    processes.
+    The command finds its GPUs in CUDA_VISIBLE_DEVICES, and its exit code is returned. The lease ends with the last of
+    its processes.
     """
     with run_command(ctx, "gpus") as this:
         from edgetool.commands._under_lease import plan, run_under_lease
