@@ -134,26 +134,29 @@ def test_the_two_ways_to_lose_stdout_are_told_apart() -> None:
 
 def on_terminal(arguments: list[str], columns: int, **env: str) -> str:
     """What edgetool shows on a terminal of so many columns."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        try:
-            time.sleep(0.3)  # until the terminal has its size
-            os.execve(sys.executable, [sys.executable, "-m", "edgetool", *arguments], {**os.environ, **env})
-        finally:
-            os._exit(127)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    shown, deadline = b"", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if select.select([terminal], [], [], 1)[0]:
-            try:
-                piece = os.read(terminal, 65536)
-            except OSError:
-                break
-            if not piece:
-                break
-            shown += piece
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    inherited = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgetool", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**inherited, **env},
+    ) as process:
+        os.close(theirs)
+        shown, deadline = b"", time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 1)[0]:
+                try:
+                    piece = os.read(ours, 65536)
+                except OSError:
+                    break
+                if not piece:
+                    break
+                shown += piece
+    os.close(ours)
+    assert process.returncode == 0
     return shown.decode()
 
 

@@ -29,7 +29,9 @@ def test_an_answer_is_said_as_it_comes_and_measured() -> None:
         result, said = once(running.url, max_tokens=5, temperature=0.5, seed=7, system="be short")
     assert result["answer"] == "word " * 5 and said == result["answer"] + "\n"
     assert (result["completion_tokens"], result["model"]) == (5, "fake")
-    assert 0 < result["tokens_per_s"] <= 1 / 0.02 and 0 < result["first_token_s"] <= result["seconds"]
+    # by the reader's clock: what comes late on a busy machine comes the faster afterwards
+    assert 0 < result["first_token_s"] < result["seconds"]
+    assert result["tokens_per_s"] > 4 / (result["seconds"] - result["first_token_s"])
     body = stranger.seen[-1][1]
     assert (body["temperature"], body["seed"], body["max_tokens"]) == (0.5, 7, 5)
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
