@@ -85,7 +85,7 @@ FIXED = {
     ],
     "values": [
         "choose with --endpoint-model NAME", "the KV cache", "constant {1}",
-        "Input should be a valid integer", "no {1}", "error: {1}", "see docs/config.md",
+        "Input should be a valid integer", "no {1}", "error: {1}", "see docs/config.md", "output size",
         "absent", "unfinished", "outdated", "broken", "yours", "leased", "orphan", "foreign", "system", "lost",
         "starting", "NVIDIA GPU from 7.5", "NVIDIA or AMD GPU", "GPTQ and AWQ", "GPTQ (archived)", "AWQ (archived)",
         "AVX2 or AVX512", "Hopper GPU (9.0)", "nothing", "exit",

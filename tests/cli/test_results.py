@@ -34,7 +34,7 @@ def test_the_table_off_a_terminal_is_whole_and_plain(shell: Callable[..., Any], 
     result = shell(*QUANTIZE, env={"COLUMNS": "30"})
     assert result.returncode == 0
     assert fake_job.RESULT["worst_modules"][0]["module"] in result.stdout
-    for shown in ("210", "650.0 MB", "112.0 MB", "blue ☀", "something to know"):
+    for shown in ("210", "650.0 MB", "output size", "112.0 MB", "blue ☀", "something to know"):
         assert shown in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     assert "…" not in result.stdout

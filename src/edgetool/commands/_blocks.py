@@ -44,8 +44,13 @@ def shown(key: str, value: Any) -> str:
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Table:
-    """A table of name and value."""
-    return Table(title, [(words(key), shown(key, value)) for key, value in values.items()])
+    """A table of name and value. `output_bytes` beside `output` is the "output size"."""
+
+    def name(key: str) -> str:
+        own = key.removesuffix("_bytes")
+        return words(f"{own}_size" if own != key and own in values else key)
+
+    return Table(title, [(name(key), shown(key, value)) for key, value in values.items()])
 
 
 def grid(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
