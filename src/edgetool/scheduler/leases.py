@@ -31,6 +31,8 @@ from edgetool.scheduler.lease_records import (
 
 SHARED_DIRECTORY = Path("/run/lock/edgetool")
 SHARED_MODE = 0o1777
+_MAKING_MODE = 0o700
+_MAKING_LIMIT_S = 1.0
 
 _LEASE = re.compile(r"lease-([0-9a-f]{16})\.json")
 _TICKET = re.compile(r"wait-(\d{12})-([0-9a-f]{16})\.json")
@@ -132,31 +134,38 @@ class LeaseDirectory:
 
     def _open(self) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        for attempt in range(20):
+        until = time.monotonic() + _MAKING_LIMIT_S
+        while True:
+            late = time.monotonic() >= until
             with contextlib.suppress(FileExistsError):
                 if not self.path.is_dir() and not self.path.is_symlink():
                     self._make()
             try:
                 descriptor = os.open(self.path, flags)
+            except FileNotFoundError:
+                if late:
+                    raise ConfigError(f"the lock directory {self.path} disappears as soon as it is made") from None
             except PermissionError:
                 # somebody may be between making it and opening it to all
-                if attempt == 19:
+                if late:
                     raise
-                time.sleep(0.01)
-                continue
-            except FileNotFoundError:
-                continue
-            try:
-                self._check(os.fstat(descriptor))
-            except BaseException:
+            else:
+                found = os.fstat(descriptor)
+                # the same, as root sees it
+                unfinished = found.st_uid != os.geteuid() and stat.S_IMODE(found.st_mode) == _MAKING_MODE
+                try:
+                    if late or not unfinished:
+                        self._check(found)
+                        return descriptor
+                except BaseException:
+                    os.close(descriptor)
+                    raise
                 os.close(descriptor)
-                raise
-            return descriptor
-        raise ConfigError(f"the lock directory {self.path} disappears as soon as it is made")
+            time.sleep(0.01)
 
     def _make(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700)
+        self.path.mkdir(mode=_MAKING_MODE)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.fstat(descriptor).st_uid == os.geteuid():

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,6 +265,19 @@ def test_a_directory_of_another_user_must_be_open_to_all(directory: LeaseDirecto
 
     answer = in_a_child(use, NOBODY)
     assert (answer == repr("used")) if accepted else answer.startswith("ConfigError")
+
+
+@as_root
+@pytest.mark.parametrize("looker", [None, NOBODY])
+def test_who_comes_while_another_user_makes_the_directory_waits_for_it(
+    directory: LeaseDirectory, looker: int | None
+) -> None:
+    directory.path.mkdir(mode=0o700)
+    os.chown(directory.path, 1, 1)  # made, and not yet opened to all
+    opening = threading.Timer(0.2, directory.path.chmod, (0o1777,))
+    opening.start()
+    assert in_a_child(lambda: directory.scan().leases, looker) == "()"
+    opening.join()
 
 
 def test_a_lock_directory_that_is_full_or_closed_is_a_clear_error(
