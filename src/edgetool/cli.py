@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -37,7 +36,7 @@ from edgetool.commands import (
     serve_gpu,
 )
 from edgetool.commands._options import Lang
-from edgetool.commands._run import has_documents, schema_of
+from edgetool.commands._run import schema_of
 from edgetool.config_sources import json_wanted
 from edgetool.errors import EdgetoolError, ReaderGone, Stopped, Terminated
 from edgetool.messages import choice
@@ -90,7 +89,7 @@ class EdgetoolGroup(TyperGroup):
             typer.Exit: with the exit code of docs/exit-codes.md, after a known failure.
             Exception: a bug, as it is, so that its traceback is shown.
         """
-        output = ctx.obj = _output(self._arguments, {name for name, one in self.commands.items() if has_documents(one)})
+        output = ctx.obj = _output(self._arguments)
         try:
             with _sigterm_raises(), _errors_translated():
                 return super().invoke(ctx)
@@ -146,13 +145,9 @@ def _document(output: console.Output, error: Exception) -> None:
         output.failure("Bug", f"{type(error).__name__}: {error}", "the traceback is on stderr", 1, say=False)
 
 
-def _output(arguments: tuple[str, ...], commands: Collection[str]) -> console.Output:
-    # the value of --lang is no command
-    words = (word for before, word in itertools.pairwise(("", *arguments)) if before != "--lang")
-    typed = next((word for word in words if not word.startswith("-")), None)
-    command = typed if typed in commands else "failure"
+def _output(arguments: tuple[str, ...]) -> console.Output:
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    output = console.Output(f"edgetool.{command}/1", "--json" in options or json_wanted(os.environ))
+    output = console.Output("edgetool.failure/1", "--json" in options or json_wanted(os.environ))
     output.arguments = arguments
     for position, argument in enumerate(options):
         if argument == "--progress=json" or options[position : position + 2] == ("--progress", "json"):

@@ -102,19 +102,17 @@ def _need_working_directory() -> None:
 
 
 def schema_of(ctx: Any) -> str:
-    """The name of the document that a command prints: `edgetool.gpus-reap/1` (docs/schemas)."""
-    if not has_documents(ctx.command):
+    """The name of the document that a command prints: `edgetool.gpus-reap/1` (docs/schemas).
+
+    A command without --json has none of its own, only that of a failure.
+    """
+    if all(parameter.name != "json" for parameter in ctx.command.params):
         return "edgetool.failure/1"
     names: list[str] = []
     while ctx.parent is not None:
         names.insert(0, str(ctx.info_name))
         ctx = ctx.parent
     return f"edgetool.{'-'.join(names)}/1"
-
-
-def has_documents(command: Any) -> bool:
-    """Whether a command prints documents of its own: whether it has --json."""
-    return any(parameter.name == "json" for parameter in command.params)
 
 
 def _job(
