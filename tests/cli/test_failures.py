@@ -150,6 +150,7 @@ def test_stdout_that_is_closed_early_is_no_bug() -> None:
         (("envs",), "edgetool.failure/1", 2),
         (("completion", "tcsh"), "edgetool.failure/1", 2),
         (("quantize", "--nosuch"), "edgetool.quantize/1", 2),
+        (("serve-gpu", "demo", "stray"), "edgetool.serve-gpu/1", 2),
         (("gpus", "nosuch"), "edgetool.gpus/1", 2),
         (("gpus", "reap", "--nosuch"), "edgetool.gpus-reap/1", 2),
         (("gpus", "--interval", "x"), "edgetool.gpus/1", 3),

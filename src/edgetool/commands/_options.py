@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgetool.commands._run import schema_of
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -99,6 +101,7 @@ def with_job(command: Callable[..., None]) -> Callable[..., None]:
 def _with(further: Mapping[str, Any], command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def accepting(**values: Any) -> None:
+        values["ctx"].obj.schema = schema_of(values["ctx"])  # before anything in the command can fail
         command(**{name: value for name, value in values.items() if name not in further})
 
     own = inspect.signature(command, eval_str=True)

@@ -73,7 +73,6 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
-    output.schema = schema_of(ctx)
     settings = config.load(command, values, given.get("config"), complete=not show)
     messages.use(choice.resolved(settings.common.lang, os.environ))
     output.json = settings.common.json_output
