@@ -20,6 +20,9 @@ Task = Callable[[Device, Callable[[], bool]], Generator[Any, None, None]]
 is to be delivered."""
 
 _LOOK_S = 0.01
+_MOST_AHEAD = 64
+"""Items that the device's thread may have made of a job before the event loop took the first of them: a loop that is
+late has them in its memory, and learns only from them that nobody reads."""
 
 
 class QueueFull(Exception):
@@ -39,7 +42,7 @@ class End:
 
 
 class Job:
-    """One piece of work. All methods but `stopped` belong to the event loop's thread.
+    """One piece of work. All methods but `stopped` and `deliver_later` belong to the event loop's thread.
 
     Args:
         owner: whose it is; owners take turns.
@@ -53,6 +56,7 @@ class Job:
         self._deliver = deliver
         self._over = False
         self._stop = threading.Event()
+        self._ahead = threading.Semaphore(_MOST_AHEAD)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -80,9 +84,20 @@ class Job:
         self._deliver(item)
 
     def deliver_later(self, item: Any) -> None:
-        """The same from the device's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it all who listen
-            self._loop.call_soon_threadsafe(self.deliver, item)
+        """The same from the device's thread, which waits here while the loop is too far behind."""
+        while not self._ahead.acquire(timeout=_LOOK_S):
+            if self._stop.is_set():
+                return
+            if self._loop.is_closed():
+                break
+        try:
+            self._loop.call_soon_threadsafe(self._deliver_next, item)
+        except RuntimeError:  # the loop has ended, and with it all who listen
+            self._stop.set()
+
+    def _deliver_next(self, item: Any) -> None:
+        self._ahead.release()
+        self.deliver(item)
 
 
 class Turns:
