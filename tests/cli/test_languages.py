@@ -119,7 +119,7 @@ def test_one_command_after_another_each_speaks_its_own_language() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("quantize", "{m}", "-o", "{t}/o", "--group-size", "33"), 3, "（由 --group-size 给出）不可用：必须是-1、32、"),
+        (("quantize", "{m}", "-o", "{t}/o", "--group-size", "33"), 3, "（来源：--group-size）不可用，应为：-1、32、"),
         (("quantize", "{m}", "-o", "{t}/o", "--bits", "x"), 2, "错误：'--bits' 的值无效：应为整数，无法解析"),
         (("quantize", "-o", "{t}/o"), 2, "错误：quantize 需要 MODEL"),
         (("quantize", "{m}"), 2, "错误：quantize 需要"),
@@ -160,7 +160,7 @@ def test_tables_are_chinese(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert all(name in shown for name in ("架构", "LlamaForCausalLM", "参数量", "分词器", "\n问题\n- 没有找到"))
     plan = edgetool("quantize", str(tiny("llama")), "-o", str(tmp_path / "o"), "--group-size", "32", "--dry-run").stdout
     assert plan.startswith("计划（未写入任何内容）")
-    assert all(name in plan for name in ("分组大小    32", "激活顺序", "内核", "需要：7.5 起的 NVIDIA GPU", "是", "否"))
+    assert all(name in plan for name in ("分组大小    32", "激活顺序", "内核", "需要：计算能力 7.5 及以上的 NVIDIA GPU", "是", "否"))
     assert prose(plan) == []
 
 
