@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgetool.commands._blocks import words
+from edgetool.commands._blocks import name_beside, words
 from edgetool.config import SECTIONS, must_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +29,8 @@ def needed() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in sorted(SCHEMAS.glob("*.json")):
         if not path.name.startswith(NO_TABLES):
-            for key in _properties(json.loads(path.read_text(encoding="utf-8"))):
-                found.setdefault(words(key), []).append(path.name)
+            for name in _names(json.loads(path.read_text(encoding="utf-8"))):
+                found.setdefault(name, []).append(path.name)
     return found
 
 
@@ -58,13 +58,15 @@ def possible() -> set[str]:
     return found
 
 
-def _properties(schema: Any) -> Iterator[str]:
+def _names(schema: Any) -> Iterator[str]:
     if isinstance(schema, dict):
         properties = schema.get("properties")
         if isinstance(properties, dict):
-            yield from properties
+            for key in properties:
+                yield words(key)
+                yield name_beside(key, properties)
         for value in schema.values():
-            yield from _properties(value)
+            yield from _names(value)
     elif isinstance(schema, list):
         for value in schema:
-            yield from _properties(value)
+            yield from _names(value)

@@ -160,7 +160,10 @@ def test_tables_are_chinese(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert all(name in shown for name in ("架构", "LlamaForCausalLM", "参数量", "分词器", "\n问题\n- 没有找到"))
     plan = edgetool("quantize", str(tiny("llama")), "-o", str(tmp_path / "o"), "--group-size", "32", "--dry-run").stdout
     assert plan.startswith("计划（未写入任何内容）")
-    assert all(name in plan for name in ("分组大小    32", "激活顺序", "内核", "需要：计算能力 7.5 及以上的 NVIDIA GPU", "是", "否"))
+    assert all(
+        name in plan
+        for name in ("分组大小    32", "激活顺序", "内核", "需要：计算能力 7.5 及以上的 NVIDIA GPU", "是", "否")
+    )
     assert prose(plan) == []
 
 

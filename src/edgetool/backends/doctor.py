@@ -38,11 +38,11 @@ def examine(recipe: Recipe, settings: EnvsConfig) -> dict[str, Any]:
     there = look(recipe, settings)
     needs = _machine(recipe)
     if there.state == "ready":
-        checks = [*needs, Check("state", True, "ready"), *_contents(there)]
+        checks = [*needs, Check("environment is ready", True, "ready"), *_contents(there)]
         installable = None
     else:
         install = [] if there.yours else [*_python(recipe, settings), *_disk(recipe, settings)]
-        checks = [*needs, Check("state", False, str(there.why)), *install]
+        checks = [*needs, Check("environment is ready", False, str(there.why)), *install]
         # A driver is for using it: machines that share a disk may install where there is none.
         installable = not there.yours and all(check.ok for check in (needs[0], *install))
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from edgetool.console import Block, Table, Text
@@ -20,6 +20,12 @@ def words(key: str) -> str:
             key = key.removesuffix(suffix)
             break
     return " ".join(_WORDS.get(word, word) for word in key.split("_"))
+
+
+def name_beside(key: str, others: Container[str]) -> str:
+    """The same in a table that has `others`: `output_bytes` beside `output` is the "output size"."""
+    own = key.removesuffix("_bytes")
+    return words(f"{own}_size" if own != key and own in others else key)
 
 
 def shown(key: str, value: Any) -> str:
@@ -44,13 +50,8 @@ def shown(key: str, value: Any) -> str:
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Table:
-    """A table of name and value. `output_bytes` beside `output` is the "output size"."""
-
-    def name(key: str) -> str:
-        own = key.removesuffix("_bytes")
-        return words(f"{own}_size" if own != key and own in values else key)
-
-    return Table(title, [(name(key), shown(key, value)) for key, value in values.items()])
+    """A table of name and value."""
+    return Table(title, [(name_beside(key, values), shown(key, value)) for key, value in values.items()])
 
 
 def grid(title: str, records: Sequence[Mapping[str, Any]]) -> Table:

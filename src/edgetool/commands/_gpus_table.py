@@ -83,7 +83,7 @@ def _processes(gpus: Sequence[dict[str, Any]]) -> list[Block]:
         for gpu in gpus
         for process in gpu["processes"]
     ]
-    return [Table("Processes", rows, ["GPU", "pid", "user", "class", "memory", "command"])] if rows else []
+    return [Table("Processes", rows, ["GPU", "pid", "user", "class", "GPU memory", "command"])] if rows else []
 
 
 def _leases(look: Look, document: dict[str, Any]) -> list[Block]:
@@ -110,7 +110,7 @@ def _leases(look: Look, document: dict[str, Any]) -> list[Block]:
                 _short(record.command),
             ]
         )
-    headers = ["lease", "user", "pid", "state", "holds", "age", "command"]
+    headers = ["lease", "user", "pid", "state", "resources", "age", "command"]
     return [Table("Leases", rows, headers)] if rows else []
 
 

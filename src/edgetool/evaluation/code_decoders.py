@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetool.errors import BadInput
 from edgetool.evaluation.endpoint import CHAT, COMPLETIONS, Client
-from edgetool.models.devices import out_of_memory_named
+from edgetool.models.devices import MODEL_TOO_LARGE, out_of_memory_named
 
 if TYPE_CHECKING:
     from edgetool.evaluation.loaded import LoadedModel
@@ -68,7 +68,7 @@ class LoadedCoder:
         self.completes = bool(self._decoder.is_direct_completion())
 
     def write(self, prompt: str) -> str:
-        with out_of_memory_named("generating code"):
+        with out_of_memory_named("generating code", MODEL_TOO_LARGE):
             return str(self._decoder.codegen(prompt, do_sample=False, num_samples=1)[0])
 
     def count(self, text: str) -> int | None:

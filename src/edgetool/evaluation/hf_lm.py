@@ -16,6 +16,8 @@ from edgetool.models.devices import out_of_memory_named
 from edgetool.models.streamed import load_tokenizer
 from edgetool.models.whole import skeleton
 
+_LESS = "use a smaller --batch-size"
+
 
 class LazyHFLM(HFLM):  # type: ignore[misc]
     """`hf` of lm-evaluation-harness around a model that `load` gives. Nothing in how it scores is changed.
@@ -51,15 +53,15 @@ class LazyHFLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, *args: Any, **options: Any) -> Any:
         self._be_loaded()
-        with out_of_memory_named("scoring: a smaller --batch-size needs less"):
+        with out_of_memory_named("scoring answers", _LESS):
             return super()._loglikelihood_tokens(*args, **options)
 
     def loglikelihood_rolling(self, *args: Any, **options: Any) -> Any:
         self._be_loaded()
-        with out_of_memory_named("scoring: a smaller --batch-size needs less"):
+        with out_of_memory_named("scoring answers", _LESS):
             return super().loglikelihood_rolling(*args, **options)
 
     def generate_until(self, *args: Any, **options: Any) -> Any:
         self._be_loaded()
-        with out_of_memory_named("generating: a smaller --batch-size needs less"):
+        with out_of_memory_named("generating answers", _LESS):
             return super().generate_until(*args, **options)

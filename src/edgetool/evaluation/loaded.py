@@ -9,7 +9,7 @@ import torch
 
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.errors import BadInput
-from edgetool.models.devices import out_of_memory_named
+from edgetool.models.devices import MODEL_TOO_LARGE, out_of_memory_named
 from edgetool.models.streamed import load_tokenizer
 from edgetool.models.whole import load_whole
 from edgetool.progress import Progress
@@ -31,7 +31,7 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progr
     Raises BadInput for one that transformers cannot run, ResourceUnavailable where the memory does not hold it.
     """
     tokenizer = load_tokenizer(checkpoint)
-    with out_of_memory_named(f"loading {checkpoint.directory}"):
+    with out_of_memory_named(f"loading {checkpoint.directory}", MODEL_TOO_LARGE):
         model = load_whole(checkpoint, device, dtype, progress)
     if (checkpoint.directory / "generation_config.json").is_file():
         from transformers import GenerationConfig

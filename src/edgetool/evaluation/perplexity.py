@@ -115,7 +115,7 @@ def window_logits(loaded: LoadedModel, window: Window) -> Tensor:
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
         options["logits_to_keep"] = window.predicted
-    with torch.inference_mode(), out_of_memory_named("computing a window: a smaller --context or --stride needs less"):
+    with torch.inference_mode(), out_of_memory_named("computing a window", "lower --context or --stride"):
         logits: Tensor = loaded.model(input_ids=fed, **options).logits[0, -window.predicted :]
     return logits
 

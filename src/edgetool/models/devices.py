@@ -52,9 +52,14 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+MODEL_TOO_LARGE = "use --dtype bfloat16, or a machine with more memory"
+"""What helps where it is the model that does not fit."""
+
+
 @contextmanager
-def out_of_memory_named(what: str) -> Iterator[None]:
-    """Turn an out-of-memory failure of torch into ResourceUnavailable naming `what` was being done."""
+def out_of_memory_named(what: str, remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory failure of torch into ResourceUnavailable naming `what` was being done; the hint begins
+    with `remedy`, what needs less memory."""
     import torch
 
     try:
@@ -62,12 +67,10 @@ def out_of_memory_named(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ResourceUnavailable(
             f"the GPU ran out of memory while {what}: {str(error).splitlines()[0]}",
-            hint="free the GPU, lower --calib-samples or --calib-seqlen, or use --device cpu",
+            hint=f"{remedy}; or free the GPU, or use --device cpu",
         ) from error
     except (MemoryError, RuntimeError) as error:
         words = ("not enough memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
-        raise ResourceUnavailable(
-            f"out of memory while {what}", hint="lower --calib-samples or --calib-seqlen"
-        ) from error
+        raise ResourceUnavailable(f"out of memory while {what}", hint=remedy) from error

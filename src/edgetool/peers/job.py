@@ -24,7 +24,7 @@ from edgetool.peers.check import check_output, worst
 from edgetool.peers.table import PEERS, Peer, check
 from edgetool.progress import Progress
 from edgetool.progress_lines import size
-from edgetool.quantizers.guards import input_hashes, need_torch, refuse_quantized
+from edgetool.quantizers.guards import input_hashes, memory_named, need_torch, refuse_quantized
 from edgetool.quantizers.prepare import RECORD_SCHEMA, Prepared, calibration_of
 from edgetool.runs import available_memory_bytes, memory_peak_bytes, refuse_overlap, stop_requests, tool_versions
 
@@ -63,7 +63,7 @@ def _run_peer(
 ) -> dict[str, Any]:
     started = time.monotonic()
     need_torch()
-    from edgetool.models.devices import out_of_memory_named, resolve_device
+    from edgetool.models.devices import resolve_device
 
     out = OutputDirectory(config.output, config.overwrite)
     out.check()
@@ -78,7 +78,7 @@ def _run_peer(
         return {"plan": plan}
     with out:
         try:
-            with stop_requests() as stop, out_of_memory_named("quantising the model"):
+            with stop_requests() as stop, memory_named("quantising the model"):
                 run = _PeerRun(peer, config, common, envs, source, checkpoint, prepared, out.partial, stop, progress)
                 manifest = run.manifest(started)
             with disk_errors(out.partial):

@@ -21,10 +21,10 @@ from edgetool.checkpoints.formats import Format, Spec, stored_dtype
 from edgetool.checkpoints.tensor_file import write_tensor_file
 from edgetool.errors import BadInput
 from edgetool.models.architectures import STAGES, Stage
-from edgetool.models.devices import out_of_memory_named
 from edgetool.models.streamed import ComputeLinear, StreamedModel
 from edgetool.progress import Progress
 from edgetool.quantizers import awq
+from edgetool.quantizers.guards import memory_named
 from edgetool.quantizers.layer_pass import LayerPass
 from edgetool.quantizers.ledger import Ledger
 from edgetool.quantizers.recipe import Recipe
@@ -96,7 +96,7 @@ def _run(job: Job, ledger: Ledger, streams: Streams | None, progress: Progress) 
         progress.note(f"taking up the earlier run after {done} of {total} layers")
     with progress.task("quantise", total, "layer", done) as task:
         for layer in range(done, job.model.map.n_layers):
-            with out_of_memory_named(f"quantising layer {layer}"):
+            with memory_named(f"quantising layer {layer}"):
                 tensors, reports = _LayerJob(job, layer, streams).run(task.advance)
             write_tensor_file(layer_file(job.directory, layer), tensors)
             checksums = streams.advance() if streams is not None else []
@@ -104,7 +104,7 @@ def _run(job: Job, ledger: Ledger, streams: Streams | None, progress: Progress) 
             worst = max(report["relative_error"] for report in reports)
             task.advance(1 - len(STAGES) * _STAGE_SHARE, f"layer {layer} done, worst module off by {worst:.1%}")
         if job.quantize_lm_head and len(ledger.layers) == job.model.map.n_layers:
-            with out_of_memory_named("quantising lm_head"):
+            with memory_named("quantising lm_head"):
                 tensors, report = _quantize_head(job, streams)
             write_tensor_file(job.directory / HEAD_FILE, tensors)
             ledger.append({"layer": "lm_head", "modules": [report], "activations": []})

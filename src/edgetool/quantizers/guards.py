@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ from edgetool.ledger import count_records, refuse_difference
 
 _NOT_IDENTITY = {"model", "output", "resume", "overwrite", "dry_run", "revision", "threads"}
 """Settings that do not decide what is written; the model counts by its files."""
+
+
+def memory_named(what: str) -> AbstractContextManager[None]:
+    """Turn running out of memory into ResourceUnavailable that names `what` and how to calibrate with less."""
+    from edgetool.models.devices import out_of_memory_named
+
+    return out_of_memory_named(what, "lower --calib-samples or --calib-seqlen")
 
 
 def need_torch() -> None:

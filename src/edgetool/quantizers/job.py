@@ -19,6 +19,7 @@ from edgetool.errors import Stopped
 from edgetool.progress import Progress
 from edgetool.quantizers.guards import (
     input_hashes,
+    memory_named,
     need_torch,
     nothing_worthless_kept,
     refuse_other_run,
@@ -40,8 +41,6 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
     """
     started = time.monotonic()
     need_torch()
-    from edgetool.models.devices import out_of_memory_named
-
     out = OutputDirectory(config.output, config.overwrite, config.resume)
     out.check()  # before a model is fetched for nothing
     source = resolve_configured(config.model, common, config.revision, progress)
@@ -57,7 +56,7 @@ def run_quantize(config: QuantizeConfig, common: CommonConfig, progress: Progres
             manifest = read_json_object(finished)
             refuse_other_run(out.partial, manifest, config, checkpoint)
         else:
-            with stop_requests() as stop, out_of_memory_named("quantising the model"):
+            with stop_requests() as stop, memory_named("quantising the model"):
                 manifest = _Run(config, common, source, checkpoint, prepared, out, stop, progress, started).manifest()
             with disk_errors(out.partial):
                 write_manifest(out.partial, manifest)

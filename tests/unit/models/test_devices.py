@@ -62,12 +62,14 @@ def test_the_fast_dtype_is_bfloat16_where_the_device_has_it(monkeypatch):
 )
 def test_running_out_of_memory_says_what_was_being_done_and_what_to_do(failure):
     words = "out of memory while quantising layer 3"
-    with pytest.raises(ResourceUnavailable, match=words) as raised, out_of_memory_named("quantising layer 3"):
+    named = out_of_memory_named("quantising layer 3", "lower --calib-samples")
+    with pytest.raises(ResourceUnavailable, match=words) as raised, named:
         raise failure
-    assert "--calib-samples" in raised.value.hint
+    assert raised.value.hint.startswith("lower --calib-samples")
+    assert ("--device cpu" in raised.value.hint) == isinstance(failure, torch.OutOfMemoryError)
     assert "\n" not in raised.value.message
 
 
 def test_other_failures_pass_through_unchanged():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), out_of_memory_named("anything"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), out_of_memory_named("anything", "nothing"):
         raise RuntimeError("shapes cannot be multiplied")
