@@ -406,6 +406,15 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(quantize: Quantize, tiny: T
     assert plan["disk"]["output_bytes"] == pytest.approx(written, rel=0.15)
 
 
+def test_a_comparison_is_planned_for_the_device_that_would_be_used(
+    quantize: Quantize, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetool.models.devices.resolve_device", lambda _: torch.device("cpu"))
+    options = ("--compare", "native,auto-gptq", "--dry-run", "--device", "auto")
+    planned = succeeded(quantize(tiny("llama"), tmp_path / "out", *options))["plan"]["backends"]
+    assert planned[1]["failed"].endswith("quantises on CUDA only, and the device is cpu")
+
+
 def test_a_dry_run_tells_which_kernels_a_recipe_rules_out(quantize: Quantize, tiny: Tiny, tmp_path: Path) -> None:
     def ok(*options: str) -> set[str]:
         plan = succeeded(quantize(tiny("llama", hidden_size=128), tmp_path / "out", "--dry-run", *options))["plan"]

@@ -13,7 +13,6 @@ from edgetool.config_models import usual_format
 from edgetool.errors import EdgetoolError, Stopped
 from edgetool.peers.check import plain, weight_error
 from edgetool.peers.job import quantize_by
-from edgetool.peers.table import PEERS, check
 from edgetool.progress import Progress
 from edgetool.quantizers.demo import held_out_perplexity, what_is_measured
 
@@ -31,8 +30,6 @@ def run_compare(config: Config, progress: Progress) -> dict[str, Any]:
     for backend in settings.compare:
         single = _single(settings, backend)
         try:
-            if settings.dry_run and backend != "native":
-                check(single, PEERS[backend], settings.device)
             result = quantize_by(backend, single, config.common, config.envs, progress)
         except Stopped:
             raise
