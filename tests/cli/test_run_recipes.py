@@ -121,6 +121,11 @@ def test_without_a_recipe_help_is_near(run: Run) -> None:
     assert "edgetool run demo --preset smoke -o runs/smoke" in result.stderr
 
 
+def test_a_directory_that_looks_like_an_option_is_none(run: Run) -> None:
+    assert set(run.states("r.toml", "-o", "./-q").values()) == {"done"}
+    assert {"./-q/quantize", "./-q/eval"} <= set(" ".join(run.calls()).split())
+
+
 def test_an_output_of_no_letters_is_none(run: Run) -> None:
     run.edit('output = "out"', 'output = ""')
     result = run()

@@ -86,8 +86,9 @@ def _value_in(word: str | None, field: FieldInfo) -> str:
 
 
 def path_text(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the working directory."""
+    """A path as a user would type it: relative where it lies below the working directory, and never like an option."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        text = str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+    return f"./{text}" if text.startswith("-") else text
