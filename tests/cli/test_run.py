@@ -110,6 +110,24 @@ def test_a_configuration_file_holds_for_the_steps_too(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("variable", ["EDGETOOL_QUANTIZE_DRY_RUN", "EDGETOOL_EVAL_DRY_RUN"])
+def test_a_variable_that_would_turn_a_step_into_something_else_is_refused(run: Run, variable: str) -> None:
+    run.monkeypatch.setenv(variable, "0")
+    assert set(run.states().values()) == {"done"}
+    run.monkeypatch.setenv(variable, "1")
+    run.calls()
+    result = run()
+    assert (result.exit_code, run.calls()) == (3, [])
+    assert f"'dry_run' in environment variable {variable}" in json.loads(result.stdout)["message"]
+
+
+def test_so_is_a_file(run: Run) -> None:
+    (run.directory / "c.toml").write_text("[serve_gpu]\ndetach = true\n")
+    result = run("r.toml", "--config", "c.toml")
+    assert (result.exit_code, run.calls()) == (3, [])
+    assert "'detach' in c.toml, [serve_gpu]" in json.loads(result.stdout)["message"]
+
+
 def test_a_calibration_file_that_changes_is_another_input(run: Run) -> None:
     text = run.directory / "text.txt"
     text.write_text("one")

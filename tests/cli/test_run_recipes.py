@@ -159,6 +159,22 @@ def test_settings_of_a_recipe_are_changed_on_the_command_line(run: Run) -> None:
     assert set(run.states("r.toml", *changes).values()) == {"unchanged"}
 
 
+@pytest.mark.parametrize("source", ["variable", "file"])
+def test_settings_are_changed_by_a_variable_or_a_file_too(run: Run, source: str) -> None:
+    arguments = ["r.toml", "--dry-run"]
+    if source == "variable":
+        run.monkeypatch.setenv("EDGETOOL_RUN_SET", "quantize.group_size=32 eval.limit=3")
+    else:
+        (run.directory / "c.toml").write_text('[run]\nset = ["quantize.group_size=32", "eval.limit=3"]\n')
+        arguments += ["--config", "c.toml"]
+    steps = json.loads(run(*arguments).stdout)["plan"]["steps"]
+    assert "--group-size 32" in " ".join(steps[0]["command"])
+    assert "--limit 3" in " ".join(steps[1]["command"])
+    assert "--limit 4" in " ".join(
+        json.loads(run(*arguments, "--set", "eval.limit=4").stdout)["plan"]["steps"][1]["command"]
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
