@@ -415,6 +415,21 @@ def test_a_comparison_is_planned_for_the_device_that_would_be_used(
     assert planned[1]["failed"].endswith("quantises on CUDA only, and the device is cpu")
 
 
+def test_a_comparison_that_was_stopped_goes_on_with_what_is_finished(
+    quantize: Quantize, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGETOOL_ENVS_DIRECTORY", str(tmp_path / "envs"))
+    options = ("--compare", "native,gptqmodel")
+    first = succeeded(quantize(tiny("llama"), tmp_path / "out", *options))["comparison"]
+    manifest = (tmp_path / "out" / "native" / "edgetool.json").read_bytes()
+    again = succeeded(quantize(tiny("llama"), tmp_path / "out", *options, "--resume"))["comparison"]
+    assert again == first
+    assert "needs the environment gptqmodel" in again[1]["failed"]  # and not that it cannot be resumed
+    assert (tmp_path / "out" / "native" / "edgetool.json").read_bytes() == manifest
+    other = quantize(tiny("llama"), tmp_path / "out", *options, "--resume", "--bits", "8")
+    assert (other.exit_code, json.loads(other.stdout)["type"]) == (4, "BadInput")
+
+
 def test_a_dry_run_tells_which_kernels_a_recipe_rules_out(quantize: Quantize, tiny: Tiny, tmp_path: Path) -> None:
     def ok(*options: str) -> set[str]:
         plan = succeeded(quantize(tiny("llama", hidden_size=128), tmp_path / "out", "--dry-run", *options))["plan"]
