@@ -45,7 +45,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
     Raises:
         ResourceUnavailable: the disk (or the quota) that holds `path` is full, or a file is larger than it may be.
-        BadInput: `path` may not be written.
+        BadInput: `path` may not be written, or the directory that it is in is gone.
     """
     try:
         yield
@@ -60,7 +60,8 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"a file in {path} is larger than the file system or `ulimit -f` allows",
                 "raise the limit and add --resume, or use a smaller --max-shard-size",
             ) from error
-        if error.errno in _REFUSED:
+        removed = error.errno == errno.ENOENT and not path.parent.exists()  # by somebody, while it was written to
+        if removed or error.errno in _REFUSED:
             raise BadInput(
                 f"cannot write {path}: {os.strerror(error.errno or 0)}", "choose another --output directory"
             ) from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from edgetool.config_values import (
     Count,
@@ -27,6 +27,15 @@ from edgetool.errors import ConfigError
 
 BackendName = Literal["native", "gptqmodel", "llmcompressor", "auto-round", "auto-gptq", "autoawq"]
 _BACKENDS = ", ".join(get_args(BackendName)[:-1]) + f" or {get_args(BackendName)[-1]}"
+
+
+def _different(backends: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(backends)) < len(backends):
+        raise ValueError("two would write to the same place")
+    return backends
+
+
+_Compared = Annotated[tuple[BackendName, ...], Field(min_length=2), BeforeValidator(names), AfterValidator(_different)]
 _CALIBRATION = Suggest(words=("builtin", "self"), paths="files", suffixes=("jsonl", "json", "txt", "parquet"))
 
 
@@ -48,7 +57,7 @@ class QuantizeConfig(Section):
     backend: BackendName = setting(
         "native", "what quantises: edgetool itself, or a tool in an environment of its own (edgetool envs)", _BACKENDS
     )
-    compare: Annotated[tuple[BackendName, ...], Field(min_length=2), BeforeValidator(names)] | None = setting(
+    compare: _Compared | None = setting(
         None, "backends to run one after the other on the same calibration tokens", f"two or more of {_BACKENDS}"
     )
     method: Literal["gptq", "awq", "rtn"] = setting("gptq", "how weights are rounded", "gptq, awq or rtn")

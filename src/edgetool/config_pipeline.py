@@ -6,11 +6,15 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from edgetool.config_values import Count, Duration, HomeDirectory, ModelName, Section, Suggest, only_numbers, setting
+from edgetool.errors import ConfigError
 
-JobNumber = Annotated[int, BeforeValidator(only_numbers), Field(ge=1), Suggest(source="jobs")]
+_LARGEST = 2**63
+"""SQLite holds no number of so much."""
+
+JobNumber = Annotated[int, BeforeValidator(only_numbers), Field(ge=1, lt=_LARGEST), Suggest(source="jobs")]
 _RECIPE = Suggest(source="models", paths="files", suffixes=("toml", "gguf"))
 
 
@@ -46,6 +50,14 @@ class RunConfig(Section):
     show_recipe: bool = setting(False, "print the recipe and stop", "true or false")
     dry_run: bool = setting(False, "show the plan of all steps and write nothing", "true or false")
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.show_recipe and self.changes:
+            raise ConfigError(
+                "--show-recipe prints a recipe as it is written, without --set", "leave --set out, and edit the recipe"
+            )
+        return self
+
 
 class JobsConfig(Section):
     """Settings of `edgetool jobs`, and where every long command records itself."""
@@ -63,7 +75,9 @@ class JobsConfig(Section):
         "a time such as 30d",
         option="",
     )
-    limit: Count = setting(20, "jobs to list, the latest first", "a number of at least 1")
+    limit: Annotated[Count, Field(lt=_LARGEST)] = setting(
+        20, "jobs to list, the latest first", "a number of at least 1"
+    )
     number: JobNumber | None = setting(None, "job to show or to end", "a number from `edgetool jobs`", option="ID")
     follow: bool = setting(False, "go on until the job has ended", "true or false")
     grace_s: Duration = setting(

@@ -187,3 +187,32 @@ def test_a_section_that_nothing_sets_is_what_validation_makes_of_nothing() -> No
 
     for section in SECTIONS.values():
         assert section.model_construct().model_dump() == section.model_validate({}).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "help_of"),
+    [
+        (("jobs", "clean", "--older-than", "7x"), "edgetool jobs clean"),
+        (("gpus", "run", "--min-free", "99x", "--", "true"), "edgetool gpus run"),
+        (("jobs", "--limit", "0"), "edgetool jobs"),
+        (("quantize", "demo", "-o", "out", "--bits", "5"), "edgetool quantize"),
+    ],
+)
+def test_the_help_that_is_named_has_the_option(
+    edgetool: Callable[..., Any], arguments: tuple[str, ...], help_of: str
+) -> None:
+    result = edgetool(*arguments, "--json") if "--" not in arguments else edgetool(*arguments)
+    assert f"hint: {help_of} --help" in result.stderr
+    option = next(argument for argument in arguments if argument.startswith("--"))
+    assert option in edgetool(*help_of.split()[1:], "--help").stdout
+
+
+def test_of_a_variable_the_help_of_the_section_is_named(edgetool: Callable[..., Any]) -> None:
+    result = edgetool("jobs", "clean", env={"EDGETOOL_JOBS_LIMIT": "0"})
+    assert "hint: edgetool jobs --help" in result.stderr
+
+
+def test_backends_are_compared_each_once(edgetool: Callable[..., Any]) -> None:
+    result = edgetool(*QUANTIZE, "--compare", "native,gptqmodel,native")
+    assert result.exit_code == 3
+    assert "compare 'native,gptqmodel,native' (given by --compare) cannot be used" in result.stderr

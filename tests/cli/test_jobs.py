@@ -145,6 +145,10 @@ def test_the_table_says_why_jobs_failed(edgetool: Callable[..., Any], recording:
         (("logs", "7"), 4),
         (("cancel", "7"), 4),
         (("cancel", "0"), 3),
+        (("cancel", str(2**63)), 3),
+        (("cancel", str(2**63 - 1)), 4),
+        (("--limit", str(2**63)), 3),
+        (("--limit", str(2**63 - 1)), 0),
         (("logs", "x"), 2),
     ],
 )

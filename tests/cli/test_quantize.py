@@ -406,6 +406,30 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(quantize: Quantize, tiny: T
     assert plan["disk"]["output_bytes"] == pytest.approx(written, rel=0.15)
 
 
+def test_a_comparison_is_planned_for_the_device_that_would_be_used(
+    quantize: Quantize, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetool.models.devices.resolve_device", lambda _: torch.device("cpu"))
+    options = ("--compare", "native,auto-gptq", "--dry-run", "--device", "auto")
+    planned = succeeded(quantize(tiny("llama"), tmp_path / "out", *options))["plan"]["backends"]
+    assert planned[1]["failed"].endswith("quantises on CUDA only, and the device is cpu")
+
+
+def test_a_comparison_that_was_stopped_goes_on_with_what_is_finished(
+    quantize: Quantize, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGETOOL_ENVS_DIRECTORY", str(tmp_path / "envs"))
+    options = ("--compare", "native,gptqmodel")
+    first = succeeded(quantize(tiny("llama"), tmp_path / "out", *options))["comparison"]
+    manifest = (tmp_path / "out" / "native" / "edgetool.json").read_bytes()
+    again = succeeded(quantize(tiny("llama"), tmp_path / "out", *options, "--resume"))["comparison"]
+    assert again == first
+    assert "needs the environment gptqmodel" in again[1]["failed"]  # and not that it cannot be resumed
+    assert (tmp_path / "out" / "native" / "edgetool.json").read_bytes() == manifest
+    other = quantize(tiny("llama"), tmp_path / "out", *options, "--resume", "--bits", "8")
+    assert (other.exit_code, json.loads(other.stdout)["type"]) == (4, "BadInput")
+
+
 def test_a_dry_run_tells_which_kernels_a_recipe_rules_out(quantize: Quantize, tiny: Tiny, tmp_path: Path) -> None:
     def ok(*options: str) -> set[str]:
         plan = succeeded(quantize(tiny("llama", hidden_size=128), tmp_path / "out", "--dry-run", *options))["plan"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from edgetool.errors import ResourceUnavailable
 from tests.fakes.recipe_run import Run, states_of
 
 
@@ -109,6 +110,24 @@ def test_a_configuration_file_holds_for_the_steps_too(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("variable", ["EDGETOOL_QUANTIZE_DRY_RUN", "EDGETOOL_EVAL_DRY_RUN"])
+def test_a_variable_that_would_turn_a_step_into_something_else_is_refused(run: Run, variable: str) -> None:
+    run.monkeypatch.setenv(variable, "0")
+    assert set(run.states().values()) == {"done"}
+    run.monkeypatch.setenv(variable, "1")
+    run.calls()
+    result = run()
+    assert (result.exit_code, run.calls()) == (3, [])
+    assert f"'dry_run' in environment variable {variable}" in json.loads(result.stdout)["message"]
+
+
+def test_so_is_a_file(run: Run) -> None:
+    (run.directory / "c.toml").write_text("[serve_gpu]\ndetach = true\n")
+    result = run("r.toml", "--config", "c.toml")
+    assert (result.exit_code, run.calls()) == (3, [])
+    assert "'detach' in c.toml, [serve_gpu]" in json.loads(result.stdout)["message"]
+
+
 def test_a_calibration_file_that_changes_is_another_input(run: Run) -> None:
     text = run.directory / "text.txt"
     text.write_text("one")
@@ -169,6 +188,23 @@ def test_a_gate_that_holds_nowhere_ends_with_8_and_a_report_again_and_again(run:
         assert len(run.calls()) == expected_calls
 
 
+def test_the_plan_is_of_the_rung_that_a_run_would_begin_with(run: Run) -> None:
+    run(group=64)
+    plan = json.loads(run("r.toml", "--dry-run").stdout)["plan"]
+    assert {step["state"] for step in plan["steps"]} == {"unchanged"}
+    assert plan["steps"][0]["command"][-2:] == ["--group-size", "64"]
+    assert plan["ladder"] == [{"method": "awq"}]
+
+
+def test_a_plan_of_rungs_that_have_all_failed_says_so(run: Run) -> None:
+    run(group=1)
+    ran = json.loads(run(group=1).stdout)
+    planned = json.loads(run("r.toml", "--dry-run").stdout)
+    assert (planned["message"], planned["exit_code"]) == (ran["message"], 8)
+    run.edit("ratio<=1.05", "ratio<=1.5")
+    assert json.loads(run("r.toml", "--dry-run").stdout)["ok"]
+
+
 def test_another_gate_is_asked_anew(run: Run) -> None:
     run(group=1)
     run.edit("ratio<=1.05", "ratio<=1.5")
@@ -196,12 +232,24 @@ def test_a_step_that_fails_ends_the_run_with_its_reason(
     assert run.states() == {"quantize": "unchanged", "eval": "unchanged", "image": "done", "serve": "done"}
 
 
+def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_failed(run: Run) -> None:
+    def full(path: Path, _: bytes) -> None:
+        raise ResourceUnavailable(f"disk full while writing {path}")
+
+    run.monkeypatch.setattr("edgetool.pipeline.job.atomic_write", full)
+    document = json.loads(run(steps="compile-vcu128=fail").stdout)
+    assert (document["message"], document["report"]) == ("step image: what was wrong", None)
+
+
 @pytest.mark.parametrize(("trouble", "said"), [("mute", "with nothing"), ("fail", "what was wrong")])
 def test_a_server_that_does_not_answer_fails_its_step(run: Run, trouble: str, said: str) -> None:
     result = run(steps=f"serve-gpu={trouble}")
     document = json.loads(result.stdout)
     assert said in document["message"] and result.exit_code in (4, 7)
+    assert document["message"].startswith("step serve: ")
     assert states_of(document)["serve"] == "failed"
+    assert said in document["steps"][-1]["result"]["message"]
+    assert said in (run.out / "report.html").read_text()
 
 
 def test_keys_are_in_no_file_and_no_command_line(run: Run) -> None:
@@ -303,7 +351,13 @@ def test_progress_as_json_names_the_step_of_each_event(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"schema": "edgetool.run-record/1", "steps": [], "begun": {}, "failed_gates": {}}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"schema": "edgetool.run-record/1", "steps": [], "begun": {}, "failed_gates": {}}',
+        '{"schema": "edgetool.run-record/1", "steps": {"quantize": {}}, "begun": {}, "failed_gates": {}}',
+    ],
 )
 def test_a_record_that_cannot_be_read_is_one_clear_error(run: Run, text: str) -> None:
     run.out.mkdir()

@@ -70,6 +70,22 @@ def test_a_stopped_step_is_gone_on_with(run: Run, number: signal.Signals) -> Non
     assert "--resume" in run.calls()[0]
 
 
+def test_a_server_that_is_ended_with_the_run_while_it_is_asked_was_stopped(run: Run) -> None:
+    process = start(run, "--progress", "plain", steps="serve-gpu=hang")
+    calls = run.directory / "calls"
+    wait_for(lambda: calls.is_file() and "asked" in calls.read_text(), process)
+    server = next(
+        child for child in psutil.Process(process.pid).children(recursive=True) if "serve-gpu" in child.cmdline()
+    )
+    process.terminate()
+    assert process.stderr is not None
+    assert any("stopping" in line for line in process.stderr)
+    server.terminate()
+    document = json.loads(process.communicate(timeout=60)[0])
+    assert (process.returncode, document["type"], document["message"]) == (75, "Stopped", "step serve was stopped")
+    assert states_of(document)["serve"] == "stopped" and marked(run) == []
+
+
 def test_an_unfinished_step_of_other_settings_is_started_again(run: Run) -> None:
     process = start(run, steps="quantize=stop")
     wait_for((run.out / "quantize.partial" / "half").is_file, process)

@@ -125,9 +125,14 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
     text = "Paris <b>"
     ends = False
+    hangs = False
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.hangs:
+            with Path(os.environ["FAKE_CALLS"]).open("a") as calls:
+                calls.write("asked\n")
+            threading.Event().wait()
         right = self.headers["Authorization"] == f"Bearer {os.environ['EDGETOOL_API_KEY']}"
         answer = {
             "choices": [{"message": {"role": "assistant", "content": self.text}}],
@@ -146,6 +151,7 @@ class Answering(http.server.BaseHTTPRequestHandler):
 def serve(trouble: str | None) -> NoReturn:
     Answering.text = "" if trouble == "mute" else Answering.text
     Answering.ends = trouble == "end"
+    Answering.hangs = trouble == "hang"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     url = f"http://127.0.0.1:{server.server_port}"

@@ -192,6 +192,11 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None
         (tmp_path / "absent").read_bytes()
 
 
+def test_a_directory_that_was_removed_under_the_writer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot write .*removed/file: No such file"):
+        atomic_write(tmp_path / "removed" / "file", b"text")
+
+
 def test_the_hash_is_that_of_the_bytes_also_over_piece_borders(tmp_path: Path) -> None:
     data = bytes(range(256)) * 4097 + b"end"
     (tmp_path / "file").write_bytes(data)

@@ -122,6 +122,13 @@ class Environment:
     python_version: str | None = None
     made_at: str | None = None
 
+    @property
+    def remedy(self) -> str:
+        """What to do where it cannot be used; an interpreter of the user's own is theirs to repair."""
+        if self.yours:
+            return f"name another interpreter in the setting envs.python, or take {self.recipe.name} out of it"
+        return f"edgetool envs install {self.recipe.name}"
+
 
 @dataclass(frozen=True)
 class Interpreter:
@@ -171,10 +178,9 @@ def probe(python: Path, *modules: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise MissingDependency(f"{python} does not answer as a Python does") from error
     except ValueError as error:
-        lines = done.stderr.strip().splitlines()
-        raise MissingDependency(
-            f"{python} does not answer as a Python does{': ' if lines else ''}{lines[-1:]}"
-        ) from error
+        last = done.stderr.strip().rpartition("\n")[2]
+        said = f"{python} does not answer as a Python does"
+        raise MissingDependency(f"{said}: {last}" if last else said) from error
     return told
 
 
@@ -240,8 +246,7 @@ def use(name: str, settings: EnvsConfig) -> Iterator[Interpreter]:
             fds = (held.enter_context(locked(lock, recipe, exclusive=False)),)
         there = look(recipe, settings)
         if there.state != "ready":
-            hint = None if there.yours else f"edgetool envs install {name}"
-            raise MissingDependency(f"the environment {name} cannot be used: {there.why}", hint)
+            raise MissingDependency(f"the environment {name} cannot be used: {there.why}", there.remedy)
         yield Interpreter(there.python, fds)
 
 

@@ -69,11 +69,12 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     if section and ctx.parent:
         given.update({key: value for key, value in ctx.parent.params.items() if given.get(key) is None})
     given["lang"] = given.get("lang") or ctx.find_root().params.get("lang")  # it may stand before the command, too
-    values = {key: value for key, value in given.items() if key not in NOT_SETTINGS}
+    # an option that may be repeated and was not given is () to typer
+    values = {key: value for key, value in given.items() if key not in NOT_SETTINGS and value != ()}
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
-    settings = config.load(command, values, given.get("config"), complete=not show)
+    settings = config.load(command, values, given.get("config"), complete=not show, typed=ctx.command_path)
     messages.use(choice.resolved(settings.common.lang, os.environ))
     output.json = settings.common.json_output
     output.progress_mode = settings.common.progress

@@ -22,6 +22,7 @@ from typing import NamedTuple
 _HOLE = re.compile(r"\{(\d+)\}")
 _WORD = re.compile(r"[A-Za-z_]+")
 _QUANTITY = re.compile(r"[\d.,]+( [A-Za-z%/]+)?")
+_NUMBER = re.compile(r"\d+: ")
 _BRACKET = re.compile(r"[()]")
 _BRACKETS = re.compile(r"(.*[^\s(]) \(([^()]*(?:\([^()]*\)[^()]*)*)\)", re.DOTALL)
 _FILLING = frozenset(
@@ -162,6 +163,9 @@ class Catalogue:
             listed = self._best(text[2:], depth)
             yield Reading(f"- {listed.said}", listed.covered)
             return
+        if (number := _NUMBER.match(text)) is not None:  # of a line; or a value, where a sentence takes it for one
+            listed = self._best(text[number.end() :], depth)
+            yield Reading(f"{number[0]}{listed.said}", listed.covered, listed.own + 1)
         yield Reading(text)
         yield from self._by_template(text, depth)
         for mark, own in (("\n", "\n"), ("; ", "；")):

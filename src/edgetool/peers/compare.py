@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from edgetool.artifacts import MANIFEST_NAME
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import detect, read_linear
 from edgetool.checkpoints.sources import resolve_configured
-from edgetool.config import Config, QuantizeConfig
+from edgetool.config import CommonConfig, Config, QuantizeConfig
 from edgetool.config_models import usual_format
 from edgetool.errors import EdgetoolError, Stopped
 from edgetool.peers.check import plain, weight_error
 from edgetool.peers.job import quantize_by
-from edgetool.peers.table import PEERS, check
 from edgetool.progress import Progress
 from edgetool.quantizers.demo import held_out_perplexity, what_is_measured
+from edgetool.quantizers.guards import refuse_other_run
 
 
 def run_compare(config: Config, progress: Progress) -> dict[str, Any]:
     """Quantise by each of `--compare` into OUT/BACKEND and measure all of them, and the model, by the same judge.
 
-    What one of them refuses or fails at is a line of the table; the others go on. Raises what the first would where
-    none could do it.
+    What one of them refuses or fails at is a line of the table; the others go on. With --resume what is finished is
+    taken as it is. Raises what the first would where none could do it.
     """
     settings = config.quantize
     assert settings.compare is not None
@@ -31,9 +33,9 @@ def run_compare(config: Config, progress: Progress) -> dict[str, Any]:
     for backend in settings.compare:
         single = _single(settings, backend)
         try:
-            if settings.dry_run and backend != "native":
-                check(single, PEERS[backend], settings.device)
-            result = quantize_by(backend, single, config.common, config.envs, progress)
+            resume = settings.resume and not settings.dry_run
+            known = _finished(single, config.common, progress) if resume else None
+            result = known or quantize_by(backend, single, config.common, config.envs, progress)
         except Stopped:
             raise
         except EdgetoolError as error:
@@ -71,10 +73,25 @@ def _single(settings: QuantizeConfig, backend: str) -> QuantizeConfig:
         "compare": None,
         "backend": backend,
         "output": settings.output / backend,
+        "resume": settings.resume and backend == "native",  # the others keep nothing, and start again
     }
     if "format" not in settings.model_fields_set:
         given["format"] = usual_format(given | {"method": settings.method, "bits": settings.bits})
     return QuantizeConfig.model_validate(given)
+
+
+def _finished(single: QuantizeConfig, common: CommonConfig, progress: Progress) -> dict[str, Any] | None:
+    """The result of a backend that was done before the comparison was stopped, None where it was not.
+
+    Raises BadInput where it was done with other settings, or from another model.
+    """
+    try:
+        record = json.loads((single.output / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    source = resolve_configured(single.model, common, single.revision, progress)
+    refuse_other_run(single.output, record, single, Checkpoint.open(source.path))
+    return dict(record["result"])
 
 
 def _planned(plan: dict[str, Any]) -> dict[str, Any]:

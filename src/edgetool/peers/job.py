@@ -101,7 +101,7 @@ def _plan(
     if there.state != "ready":
         raise MissingDependency(
             f"backend {peer.name} needs the environment {recipe.name}, which is {there.state}: {there.why}",
-            f"edgetool envs install {recipe.name}",
+            there.remedy,
         )
     source_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
     # the model in float32, or in 16 bits and once more while it is packed; measured: 1.9 to 2.4 times its file

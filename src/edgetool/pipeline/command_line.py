@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from edgetool.config import SECTIONS, key_of, option_of
 from edgetool.config_values import off_of
 from edgetool.errors import ConfigError
 from edgetool.pipeline.commands import Command
 
-_OPTION = re.compile(r"(?P<option>--[a-z][a-z-]*)(?: (?!or\b|and\b|to\b|out\b)(?P<value>[\w.]+))?")
+_OPTION = re.compile(
+    r"(?<!leave )(?P<option>--[a-z][a-z0-9-]*)(?: (?!or\b|and\b|to\b|out\b)(?P<value>\w[\w.-]*(?:,[\w.-]+)*))?"
+)
 
 
 def arguments(command: Command, settings: Mapping[str, Any], where: str) -> list[str]:
@@ -59,18 +64,31 @@ def for_a_step(hint: str, step: str, command: Command) -> str:
 
     A hint that is a whole command line stays as it is.
     """
-    keys = {option_of(*item): key_of(*item) for item in SECTIONS[command.section].model_fields.items()}
-    settings = [
-        f"--set {step}.{keys[found['option']]}={found['value'] or '...'}"
-        for found in _OPTION.finditer(hint)
-        if keys.get(found["option"], "output") not in command.set_by_us
-    ]
+    fields = {option_of(*item): item for item in SECTIONS[command.section].model_fields.items()}
+    settings = []
+    for found in _OPTION.finditer(hint):
+        item = fields.get(found["option"])
+        if item is not None and key_of(*item) not in command.set_by_us:
+            settings.append(f"--set {step}.{key_of(*item)}={_value_in(found['value'], item[1])}")
     return hint if "edgetool " in hint or not settings else f"{hint}; for this step: {' '.join(settings)}"
 
 
-def path_text(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the working directory."""
+def _value_in(word: str | None, field: FieldInfo) -> str:
+    """The word behind an option where it is a value of it, not the next word of the sentence; else dots."""
+    if field.annotation is bool:
+        return "true"
+    kind: Any = Annotated[field.annotation, field]
     try:
-        return str(path.relative_to(Path.cwd()))
+        TypeAdapter(kind).validate_python(word)
+    except ValidationError:
+        return "..."
+    return word if word and not word.isupper() else "..."
+
+
+def path_text(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the working directory, and never like an option."""
+    try:
+        text = str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+    return f"./{text}" if text.startswith("-") else text

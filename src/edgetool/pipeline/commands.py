@@ -22,7 +22,12 @@ class Command:
     @property
     def set_by_us(self) -> frozenset[str]:
         """Keys that no recipe may set."""
-        return self.owned | {self.source, "output", "resume", "overwrite", "dry_run"}
+        return self.modes | {self.source, "output", "resume", "overwrite"}
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """Those that would make it do something else, wherever they are set."""
+        return self.owned | {"dry_run"}
 
 
 COMMANDS = {

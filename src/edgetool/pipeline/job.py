@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
@@ -36,6 +37,8 @@ def recipe_of(config: Config) -> Recipe:
         raise UsageError(
             "run needs a RECIPE, or a MODEL and --preset", "edgetool run demo --preset smoke -o runs/smoke"
         )
+    if settings.preset is not None and settings.target.endswith(".toml"):
+        raise UsageError(f"{settings.target} is a recipe, and --preset names another", "leave one of them out")
     if settings.preset is not None:
         recipe = replace(preset(settings.preset, settings.changes), model=settings.target)
     elif settings.target.endswith(".toml"):
@@ -51,7 +54,7 @@ def recipe_of(config: Config) -> Recipe:
 
 def directory_of(recipe: Recipe) -> Path:
     """The directory of the run; raises UsageError where none is named."""
-    if recipe.output is None:
+    if not recipe.output:
         raise UsageError("run needs --output", f"add -o DIR, or output to [run] of {recipe.name}")
     return Path(os.path.normpath(Path(recipe.output).expanduser().absolute()))
 
@@ -85,7 +88,10 @@ def run_recipe(config: Config, config_file: Path | None, progress: Progress, ann
             else:
                 announce(document(work, _report(work), started))
         except EdgetoolError as error:
-            report = _report(work) if work.results and not isinstance(error, Stopped) else None
+            report = None
+            if work.results and not isinstance(error, Stopped):
+                with contextlib.suppress(EdgetoolError):  # why the run failed is what counts
+                    report = _report(work)
             error.details = {**document(work, report, started), **error.details}
             if isinstance(error, Stopped):
                 error.hint = again(config, config_file)

@@ -14,15 +14,17 @@ from edgetool.pipeline.command_line import inserted
 from edgetool.pipeline.job import directory_of, model_of, recipe_of
 from edgetool.pipeline.recipe import MODEL
 from edgetool.pipeline.record import RunRecord
-from edgetool.pipeline.runner import mark_of, plans_of, unchanged
+from edgetool.pipeline.runner import check_ahead, mark_of, plans_of, rung_to_run, unchanged
 from edgetool.pipeline.work import Planned, Work
 from edgetool.progress import NullProgress, Progress
 
 
 def dry_run(config: Config, config_file: Path | None, progress: Progress) -> dict[str, Any]:
-    """The plan of all steps. A step whose input is there is asked for its own plan; of others what follows is said.
+    """The plan of all steps on the rung that a run would begin with, those that failed before being passed over.
 
-    Raises any EdgetoolError that a step's plan ends with.
+    A step whose input is there is asked for its own plan; of others what follows is said.
+
+    Raises any EdgetoolError that a step's plan ends with; VerificationFailed where every rung has failed before.
     """
     recipe = recipe_of(config)
     record = RunRecord.read(directory_of(recipe))
@@ -30,11 +32,14 @@ def dry_run(config: Config, config_file: Path | None, progress: Progress) -> dic
     with NullProgress().steps([]) as view:
         work = Work(recipe, model_of(recipe), config_file, config, record, view, progress, stop)
     plans = plans_of(work)
+    rung = rung_to_run(work, plans)
     ready: dict[str, bool] = {MODEL: True}
     sizes: dict[str, int | None] = {MODEL: None}
     rows = []
-    for plan in plans[0]:
+    for plan in plans[rung]:
         row = _row(work, plan, ready, sizes)
+        if row["state"] != "unchanged":
+            check_ahead([plan])
         ready[plan.step.name] = row["state"] == "unchanged"
         sizes[plan.step.name] = row["output_bytes"]
         rows.append(row)
@@ -42,7 +47,7 @@ def dry_run(config: Config, config_file: Path | None, progress: Progress) -> dic
         "recipe": recipe.name,
         "model": work.model,
         "output": str(work.directory),
-        "ladder": [dict(changes) for changes in recipe.ladder],
+        "ladder": [dict(changes) for changes in recipe.ladder[rung:]],
         "disk_bytes": sum(row["disk_bytes"] or 0 for row in rows),
         "memory_bytes": max((row["memory_bytes"] or 0 for row in rows), default=0),
         "steps": rows,

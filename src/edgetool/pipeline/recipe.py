@@ -176,7 +176,7 @@ def _step(name: str, values: Any, before: list[str], where: str, steps: list[Ste
 
 
 def _command(name: Any, where: str) -> Command:
-    if name in COMMANDS and COMMANDS[name].section in SECTIONS:
+    if isinstance(name, str) and name in COMMANDS and COMMANDS[name].section in SECTIONS:
         return COMMANDS[name]
     known = [command for command, facts in COMMANDS.items() if facts.section in SECTIONS]
     if name is None:

@@ -16,13 +16,14 @@ from edgetool.errors import BadInput, ResourceUnavailable
 from edgetool.runs import tool_versions
 
 RECORD_SCHEMA = "edgetool.run-record/1"
+_FACTS = frozenset({"identity", "files", "content", "done"})
 
 
 @dataclass
 class RunRecord:
     """The steps that are finished, by name; those that have begun, with their identity; and gates that did not hold.
 
-    A finished step: identity, command, seconds, exit_code, rung, result, files (see identity.Files) and content.
+    A finished step: identity, files (see identity.Files), content, and done, its result.
     """
 
     directory: Path
@@ -51,7 +52,7 @@ class RunRecord:
                     "choose another --output",
                 )
             parts = [document[name] for name in ("steps", "begun", "failed_gates")]
-            if not all(isinstance(part, dict) for part in parts):
+            if not all(isinstance(part, dict) for part in parts) or not all(map(_FACTS.issubset, parts[0].values())):
                 raise TypeError("it is no record of a run")
             return cls(directory, *parts)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -100,6 +101,8 @@ def locked(directory: Path) -> Iterator[None]:
             directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise BadInput(f"output {directory} exists and is not a directory", "choose another --output") from error
+        except FileNotFoundError as error:
+            raise BadInput(f"cannot write {directory}: its parent directory cannot be created") from error
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgetool import __version__
@@ -52,11 +52,12 @@ def run_steps(work: Work, plans: Sequence[Sequence[Planned]]) -> None:
     for number, (changes, attempt) in enumerate(zip(rungs, plans, strict=True)):
         mark = _attempt_mark(work, attempt)
         try:
-            known = work.record.failed_gates.get(mark)
+            known = _known_failure(work, mark)
             if known is not None:  # nothing has changed since, so it is not made again
-                raise GateFailed(StepResult.from_dict(known))
-            for plan in attempt:
-                if not work.stays(plan.step):
+                raise GateFailed(known)
+            for position, plan in enumerate(attempt):
+                if not work.stays(plan.step) and not _stands(work, plan):
+                    check_ahead(attempt[position:])
                     _run_one(work, plan)
         except GateFailed as gate:
             work.settle(gate.result)
@@ -64,7 +65,7 @@ def run_steps(work: Work, plans: Sequence[Sequence[Planned]]) -> None:
             reason = _reason(gate.result)
             work.attempts.append(Attempt(number, changes, False, reason))
             if number + 1 == len(rungs):
-                raise _no_rung_left(work, gate.result, reason) from None
+                raise _no_rung_left(len(rungs), gate.result) from None
             work.progress.warn(f"{gate.result.name}: {reason}; next rung: {_words(rungs[number + 1])}")
             for step in work.recipe.steps:
                 work.results.pop(step.name, None)
@@ -73,6 +74,21 @@ def run_steps(work: Work, plans: Sequence[Sequence[Planned]]) -> None:
             gated = any(plan.step.gated for plan in attempt)
             work.attempts.append(Attempt(number, changes, True, "the gate holds" if gated else None))
             return
+
+
+def rung_to_run(work: Work, plans: Sequence[Sequence[Planned]]) -> int:
+    """The first rung that has not failed before. Raises VerificationFailed where all have."""
+    for number, attempt in enumerate(plans):
+        failed = _known_failure(work, _attempt_mark(work, attempt))
+        if failed is None:
+            return number
+    assert failed is not None
+    raise _no_rung_left(len(plans), failed)
+
+
+def _known_failure(work: Work, mark: str) -> StepResult | None:
+    known = work.record.failed_gates.get(mark)
+    return None if known is None else StepResult.from_dict(known)
 
 
 def finish(work: Work, plan: Planned, mark: str, ended: Ended) -> StepResult:
@@ -111,15 +127,34 @@ def unchanged(work: Work, step: Step, mark: str) -> StepResult | None:
     return StepResult.from_dict({**known["done"], "state": UNCHANGED})
 
 
-def _run_one(work: Work, plan: Planned) -> None:
-    step = plan.step
+def check_ahead(plans: Iterable[Planned]) -> None:
+    """Ask of steps that are to run what can be known before they have an input, so that nothing runs in vain.
+
+    Raises:
+        EdgetoolError: tasks or a gate that cannot be, or a package that they need.
+    """
+    for plan in plans:
+        if plan.step.command.name == "eval":
+            from edgetool.evaluation.plan import check_usage  # a run in which nothing is to be done needs none of it
+
+            try:
+                check_usage(plan.config.eval)
+            except EdgetoolError as error:
+                raise failure_of(plan.step, error.exit_code, {**vars(error), "type": error.type_name}) from error
+
+
+def _stands(work: Work, plan: Planned) -> bool:
+    """Whether a step need not run; then its last result is its result."""
     if work.stop.is_set():
-        raise Stopped(f"stopped on request before step {step.name}")
-    mark = mark_of(work, plan)
-    known = unchanged(work, step, mark)
+        raise Stopped(f"stopped on request before step {plan.step.name}")
+    known = unchanged(work, plan.step, mark_of(work, plan))
     if known is not None:
         work.settle(known)
-        return
+    return known is not None
+
+
+def _run_one(work: Work, plan: Planned) -> None:
+    step, mark = plan.step, mark_of(work, plan)
     output = work.output_of(step)
     resume = work.record.begun.get(step.name) == mark and output.with_name(output.name + ".partial").is_dir()
     work.record.begin(step.name, mark)
@@ -128,7 +163,8 @@ def _run_one(work: Work, plan: Planned) -> None:
     try:
         ended = serving.check(work, plan) if step.command.serves else _run_command(work, plan, resume)
     except EdgetoolError as error:
-        work.settle(StepResult(step.name, plan.shown, _state(error), None, error.exit_code, place))
+        said = {"type": error.type_name, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        work.settle(StepResult(step.name, plan.shown, _state(error), None, error.exit_code, place, said))
         raise
     if ended.exit_code == 0:
         finish(work, plan, mark, ended)
@@ -175,10 +211,10 @@ def _reason(failed: StepResult) -> str:
     return str((found.get("gate") or {}).get("reason") or found.get("message"))
 
 
-def _no_rung_left(work: Work, failed: StepResult, reason: str) -> VerificationFailed:
-    said = f"step {failed.name}: the gate does not hold: {reason}"
-    if len(work.attempts) > 1:
-        said = f"step {failed.name}: the gate holds on none of {len(work.attempts)} rungs; on the last: {reason}"
+def _no_rung_left(rungs: int, failed: StepResult) -> VerificationFailed:
+    said = f"step {failed.name}: the gate does not hold: {_reason(failed)}"
+    if rungs > 1:
+        said = f"step {failed.name}: the gate holds on none of {rungs} rungs; on the last: {_reason(failed)}"
     return VerificationFailed(said, "change the ladder of the recipe, or its gate")
 
 

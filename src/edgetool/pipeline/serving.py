@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgetool.errors import BackendFailed
+from edgetool.errors import BackendFailed, Stopped
 from edgetool.pipeline.asking import ask
 from edgetool.pipeline.child import Ended, RunningStep, Said
+from edgetool.pipeline.command_line import path_text
 from edgetool.pipeline.work import Planned, Work
 from edgetool.process.child import describe
 
@@ -60,7 +61,13 @@ def server(work: Work, plan: Planned) -> Iterator[Server]:
         address = running.wait_ready(work.stop)
         if not isinstance(address.get("openai_base_url"), str):
             raise BackendFailed(f"step {plan.step.name} did not say where it serves")
-        asked = ask(address, key, plan.step.ask, plan.step.ask_tokens)
+        try:
+            asked = ask(address, key, plan.step.ask, plan.step.ask_tokens)
+        except BackendFailed as error:
+            if work.stop.is_set():  # whoever asks the run to stop may have ended the server too
+                raise Stopped(f"step {plan.step.name} was stopped") from error
+            log = path_text(work.log_of(plan.step))
+            raise BackendFailed(f"step {plan.step.name}: {error.message}", f"log: {log}") from error
         yield Server(running, address, key, given is not None, asked)
 
 

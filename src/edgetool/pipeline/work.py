@@ -10,6 +10,7 @@ from typing import Any
 
 from edgetool import config
 from edgetool.config import Config
+from edgetool.errors import ConfigError
 from edgetool.pipeline.command_line import arguments, inserted, path_text
 from edgetool.pipeline.recipe import MODEL, Recipe, Step
 from edgetool.pipeline.record import RunRecord
@@ -123,7 +124,18 @@ def planned(work: Work, step: Step) -> Planned:
     elif not work.stays(step):
         values.setdefault("port", 0)
     resolved = config.load(step.command.section, values, work.config_file, origin=where)
+    _refuse_modes(step, resolved)
     words = arguments(step.command, values, where)
     if work.config_file is not None:
         words = inserted(words, ["--config", str(work.config_file)])
     return Planned(step, tuple(words), resolved)
+
+
+def _refuse_modes(step: Step, resolved: Config) -> None:
+    """A variable or a file that makes the command do something else, such as a dry run, would pass for the step."""
+    section = getattr(resolved, step.command.section)
+    for name, field_info in type(section).model_fields.items():
+        key = config.key_of(name, field_info)
+        origin = resolved.origins.get(f"{step.command.section}.{key}")
+        if origin and key in step.command.modes and getattr(section, name) != field_info.default:
+            raise ConfigError(f"{key!r} in {origin} is set by the run itself", "leave it out")

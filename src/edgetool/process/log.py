@@ -84,6 +84,7 @@ class LogFollower:
 
     def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self.path = path
+        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not from_start:
             os.lseek(self._descriptor, 0, os.SEEK_END)

@@ -122,7 +122,7 @@ def _cut(text: str, characters: int) -> Iterator[str]:
 
 def _file_texts(path: Path, column: str | None) -> Iterator[str]:
     if not path.is_file():
-        raise BadInput(f"calibration file {path} does not exist", "--calib takes builtin, self, a file, or hf:dataset")
+        raise BadInput(f"calibration file {path} does not exist", "use --calib builtin, self, a file or hf:dataset")
     if path.stat().st_size == 0:
         raise BadInput(f"calibration file {path} is empty")
     kind = path.suffix.lower()

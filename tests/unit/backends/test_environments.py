@@ -194,6 +194,23 @@ def interpreter_with(place: Path, module: str) -> Path:
     return place / "bin" / "python"
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "own does not answer as a Python does (named"),
+        ("echo a >&2\necho b >&2", "as a Python does: b (named"),
+    ],
+)
+def test_of_what_is_no_interpreter_the_last_words_are_told(tmp_path: Path, script: str, said: str) -> None:
+    own = tmp_path / "own"
+    own.write_text(f"#!/bin/sh\n{script}\n")
+    own.chmod(0o755)
+    settings = EnvsConfig(directory=tmp_path / "envs", python={"gptqmodel": own})
+    with pytest.raises(MissingDependency) as caught, use("gptqmodel", settings):
+        pass
+    assert said in caught.value.message
+
+
 def test_an_interpreter_of_your_own_is_used_without_importing_anything(tmp_path: Path) -> None:
     python = interpreter_with(tmp_path / "own", "gptqmodel")
     settings = EnvsConfig(directory=tmp_path / "envs", python={"gptqmodel": python})
@@ -228,7 +245,7 @@ def test_what_is_no_fitting_interpreter_says_so(tmp_path: Path, python: str, why
     with pytest.raises(MissingDependency, match=why) as refused, use("gptqmodel", settings):
         pass
     assert "envs.python" in refused.value.message
-    assert refused.value.hint is None
+    assert refused.value.hint == "name another interpreter in the setting envs.python, or take gptqmodel out of it"
 
 
 def test_interpreters_are_named_in_files_and_variables(tmp_path: Path) -> None:

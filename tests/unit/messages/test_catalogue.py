@@ -19,6 +19,8 @@ ENTRIES = {
     "tensor {1}": "张量 {1}",
     "tensor {1} is missing": "缺少张量 {1}",
     "stopped on request: {1}": "应要求停止：{1}",
+    "{1} of {2} is no key": "{2} 的{1} 不是键",
+    "key {1}": "键 {1}",
     "everything is kept": "全部保留",
     "port {1} (used by {2}, {3})": "端口 {1}（由 {2} 使用，{3}）",
     "waited {1} s": "等待了 {1} s",
@@ -45,6 +47,9 @@ def chinese() -> Catalogue:
         ("read 2 files", "读取 2 个文件"),
         ("choose another --output", "换一个 --output"),
         ("213.6 kB of 1.0 GB", "213.6 kB/1.0 GB"),
+        ("7: group_size 64 does not divide in_features 100", "7: group_size 64 不能整除 in_features 100"),
+        ("7: no such directory", "7：没有这个目录"),
+        ("7: key 3 of a.toml is no key", "7: a.toml 的键 3 不是键"),
     ],
 )
 def test_a_sentence_is_translated_and_its_values_keep_their_text(

@@ -23,6 +23,21 @@ from edgetool.pipeline.commands import COMMANDS
             "for this step: --set small.calib_samples=... --set small.calib_seqlen=...",
         ),
         ("compile-vcu128", "use --lm-head rtn4", "use --lm-head rtn4; for this step: --set small.lm_head=rtn4"),
+        # the next word of the sentence is no value, and a value may be several words
+        (
+            "convert",
+            "--fold-act-order removes the activation order; --to compressed-tensors keeps it, --requant rounds again",
+            "--fold-act-order removes the activation order; --to compressed-tensors keeps it, --requant rounds again; "
+            "for this step: --set small.fold_act_order=true --set small.to=compressed-tensors --set small.requant=true",
+        ),
+        ("eval", "for instance --tasks a,b", "for instance --tasks a,b; for this step: --set small.tasks=a,b"),
+        ("serve-fpga", "add --record FILE", "add --record FILE; for this step: --set small.record=..."),
+        ("compile-vcu128", "use --int4 twos", "use --int4 twos; for this step: --set small.int4=twos"),
+        (
+            "quantize",
+            "leave --scale-search out, or use --backend native",
+            "leave --scale-search out, or use --backend native; for this step: --set small.backend=native",
+        ),
         # what is no setting of the step, or no option at all, stays
         ("quantize", "use --lm-head rtn4", "use --lm-head rtn4"),
         ("quantize", "add --resume, or --overwrite to start again", "add --resume, or --overwrite to start again"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def test_a_follower_sees_every_line_once_across_rotations(tmp_path: Path, limit_
         log.write(f"line {number}\n".encode())
         seen += follower.lines()
     assert seen == [f"line {number}" for number in range(200)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_follower_of_a_log_that_is_gone_says_so_and_nothing_more(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        LogFollower(tmp_path / "gone.log")
+    gc.collect()
 
 
 def test_progress_bars_are_lines_and_control_codes_are_gone(tmp_path: Path) -> None:
