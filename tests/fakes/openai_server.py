@@ -22,9 +22,9 @@ class Stranger:
 
     first_s, each_s: pauses before the first and each further piece. knows: extra fields it accepts, any other is a 400.
     tells_usage: whether it counts tokens; it calls each word a token, plus `template_tokens`. pieces_per_chunk: words
-    sent in one event. cut_after: breaks a stream off after so many pieces; a request goes by what it was when that came.
-    failing: answers 500 to all but /v1/models. answer: what it says when it is not asked for a stream, in place of `text`
-    again and again. gate: every piece of a stream waits for it.
+    sent in one event. cut_after: breaks a stream off after so many pieces; read once, when the request comes. failing:
+    answers 500 to all but /v1/models. answer: what it says when it is not asked for a stream, in place of `text` again
+    and again. gate: every piece of a stream waits for it.
     """
 
     key: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -66,12 +67,17 @@ def test_what_the_terminal_sends_arrives_once() -> None:
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", RUNNER, sys.executable, "-c", script])
     seen = b""
-    while b"ready" not in seen:
-        seen += os.read(terminal, 1000)
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            assert select.select([terminal], [], [], 30)[0], seen
+            seen += os.read(terminal, 1000)
+
+    until(b"ready")
     for number in range(1, 11):  # each when the one before has arrived: of two that wait a process sees one
         os.write(terminal, b"\x03")
-        while b"got %d" % number not in seen:
-            seen += os.read(terminal, 1000)
+        until(b"got %d" % number)
     os.write(terminal, b"\n")
     try:
         while chunk := os.read(terminal, 1000):
