@@ -23,6 +23,11 @@ for _name in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
 settings.register_profile("edgetool", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("edgetool")
 
+# What is said is compared with English, without colours, whatever the developer's own shell asks for.
+for _variable in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG", "EDGETOOL_LANG", "FORCE_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(_variable, None)
+os.environ["LC_CTYPE"] = "C.UTF-8"
+
 os.environ["EDGETOOL_JOBS_RECORD"] = "0"  # commands that the tests run are no jobs of the developer's
 
 
