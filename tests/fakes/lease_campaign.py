@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--broken", default="")
     arguments = parser.parse_args()
     break_it(arguments.broken)
+    os.umask(0o022)  # other users open the judge's files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     result = campaign(arguments.directory, arguments.kills, arguments.workers, arguments.seed, [None, *arguments.uids])
     json.dump(result, sys.stdout)
