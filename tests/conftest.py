@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import documents
 
@@ -16,6 +17,16 @@ from tests import documents
 for _name in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_name) is signal.SIG_IGN:
         signal.signal(_name, signal.default_int_handler if _name == signal.SIGINT else signal.SIG_DFL)
+
+# The same examples in every run, and none that fails because the machine is slow: a failure is the change's that is
+# tested. Others are looked for with --hypothesis-profile default.
+settings.register_profile("edgetool", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgetool")
+
+# What is said is compared with English, without colours, whatever the developer's own shell asks for.
+for _variable in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG", "EDGETOOL_LANG", "FORCE_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(_variable, None)
+os.environ["LC_CTYPE"] = "C.UTF-8"
 
 os.environ["EDGETOOL_JOBS_RECORD"] = "0"  # commands that the tests run are no jobs of the developer's
 

@@ -68,12 +68,10 @@ class LineProgress:
         try:
             yield meter
         except BaseException:
-            self.say("stopped", meter)
+            self._end("stopped", meter)
             raise
         else:
-            self.say("done", meter)
-        finally:
-            self._running.remove(meter)
+            self._end("done", meter)
 
     @contextlib.contextmanager
     def steps(self, names: Sequence[str]) -> Iterator[Steps]:
@@ -125,10 +123,20 @@ class LineProgress:
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._born_s
 
+    def _end(self, event: str, meter: Meter) -> None:
+        with self._lock:  # a heartbeat is over by then, or does not come any more
+            self._running.remove(meter)
+        self.say(event, meter)
+
     def _write(self, line: str) -> None:
+        with self._lock:
+            self._put(line)
+
+    def _put(self, line: str) -> None:
+        """Write one line, with the lock held."""
         self._said_s = time.monotonic()
         # A reader of the log who goes away must not take a three-hour job along.
-        with self._lock, contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             self.stream.write(line + "\n")
             self.stream.flush()
 
@@ -139,9 +147,11 @@ class LineProgress:
 
     def _beat(self) -> None:
         while not self._stop.wait(min(1.0, self.heartbeat_s / 4)):
-            running = self._running[-1:]
-            if running and time.monotonic() - self._said_s >= self.heartbeat_s:
-                self.say("heartbeat", running[0])
+            with self._lock:
+                if self._running and time.monotonic() - self._said_s >= self.heartbeat_s:
+                    meter = self._running[-1]
+                    meter.said_s = time.monotonic()
+                    self._put(self._task_line("heartbeat", meter))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ class Machine:
         self.directory = root / "data" / "edgetool" / "envs"
         self.place = self.directory / "tiny"
         self.started, self.go = root / "started", root / "go"
-        self.mark = f"test-{root.name}"
+        self.mark = f"test-{secrets.token_hex(8)}"  # workers of the tests use the same names of directories
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PIP_")},
             "TINY_LIST": str(self.list),

@@ -108,7 +108,7 @@ def test_the_smoke_preset_does_the_whole_chain_and_then_nothing(demo_model_dir: 
 
     code, again = run(tmp_path, *settings)
     assert (code, set(states(again).values())) == (0, {"unchanged"})
-    assert again["seconds"] < 2
+    assert again["seconds"] < document["seconds"] / 4  # nothing is done again
     jobs = subprocess.run(
         [sys.executable, "-m", "edgetool", "jobs", "--json"],
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")},

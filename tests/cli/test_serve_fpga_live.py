@@ -203,7 +203,7 @@ def test_a_gateway_that_is_killed_takes_its_host_along(image: Path, tmp_path: Pa
         served.ready()
         served.process.kill()
         served.wait()
-        assert served.left(20) == []
+        assert served.left() == []
 
 
 def test_a_damaged_image_is_said_by_the_host_that_reads_it(image: Path, tmp_path: Path) -> None:

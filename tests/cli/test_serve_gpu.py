@@ -162,7 +162,7 @@ def test_sigkill_of_edgetool_and_a_closed_terminal_leave_nothing_running_and_not
         assert len(served.processes()) >= 5
         served.process.send_signal(number)
         served.wait()
-        assert served.left(5.0) == []
+        assert served.left() == []
         assert is_free(document["port"])
         assert leases(served) == []
         listed = json.loads(served.edgetool("serve-gpu", "--list", "--json").stdout)
@@ -194,7 +194,7 @@ def test_a_signal_in_mid_stream_ends_the_stream_with_an_error_and_everything_els
         assert events[-1] == "[DONE]"
         assert "error" in json.loads(events[-2])
         assert served.wait() == code
-        assert served.left(2.0) == []
+        assert served.left() == []
         assert is_free(document["port"])
         assert json.loads(served.output.read_text())["ok"] is True  # one document and no second one
 
@@ -207,7 +207,7 @@ def test_an_end_in_the_middle_of_the_start_leaves_nothing(
         _until(lambda: len(served.processes()) >= 5)
         served.process.send_signal(number)
         assert served.wait() == code
-        assert served.left(5.0) == []
+        assert served.left() == []
         if number == signal.SIGTERM:
             assert json.loads(served.output.read_text())["type"] == "Terminated"
         assert json.loads(served.edgetool("serve-gpu", "--list", "--json").stdout)["servers"] == []
@@ -221,7 +221,7 @@ def test_an_engine_that_is_killed_is_a_failed_backend_with_its_log(model: Path, 
         assert served.wait() == 7
         assert "killed by SIGKILL" in served.errors.read_text()
         assert document["log"] in served.errors.read_text()
-        assert served.left(2.0) == []
+        assert served.left() == []
         assert is_free(document["port"])
 
 
@@ -238,7 +238,7 @@ def test_an_engine_that_is_killed_is_started_again_where_that_was_asked_for(mode
         engine.kill()
         assert served.wait() == 7
         assert "after 1 restarts" in served.errors.read_text()
-        assert served.left(2.0) == []
+        assert served.left() == []
 
 
 def test_the_front_that_is_killed_ends_the_rest(model: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_the_front_that_is_killed_ends_the_rest(model: Path, tmp_path: Path) -> 
         served.ready()
         next(p for p in served.processes() if "serving.front" in " ".join(p.cmdline())).kill()
         assert served.wait() == 7
-        assert served.left(2.0) == []
+        assert served.left() == []
 
 
 def test_a_detached_server_outlives_the_command_until_it_is_stopped(model: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_detached_server_outlives_the_command_until_it_is_stopped(model: Path,
         assert again.returncode == 6
         stopped = served.edgetool("serve-gpu", "--stop", "mine")
         assert stopped.returncode == 0
-        assert served.left(2.0) == []
+        assert served.left() == []
         assert is_free(document["port"])
 
 
@@ -276,7 +276,7 @@ def test_a_detached_server_that_cannot_start_says_why_with_its_own_exit_code(mod
         assert served.wait() == 4
         document = json.loads(served.output.read_text())
         assert "4096 tokens" in document["message"]
-        assert served.left(2.0) == []
+        assert served.left() == []
 
 
 def test_an_interrupt_while_a_detached_server_starts_ends_it_too(model: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_an_interrupt_while_a_detached_server_starts_ends_it_too(model: Path, tm
         _until(lambda: len(served.processes()) >= 6)
         served.process.send_signal(signal.SIGINT)
         assert served.wait() == 130
-        assert served.left(5.0) == []
+        assert served.left() == []
 
 
 def test_two_models_are_served_side_by_side(model: Path, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_two_models_are_served_side_by_side(model: Path, tmp_path: Path) -> None
         assert len(leases(served)) == 2
         served.process.kill()
         served.wait()
-        assert served.left(5.0) == []
+        assert served.left() == []
 
 
 def test_without_the_front_the_engine_guards_itself_and_a_key_among_the_options_is_hidden(
@@ -333,7 +333,7 @@ def test_a_model_that_babbles_is_refused_instead_of_served(tmp_path: Path) -> No
         document = json.loads(served.output.read_text())
         assert document["type"] == "VerificationFailed"
         assert "does not speak" in document["message"]
-        assert served.left(2.0) == []
+        assert served.left() == []
 
 
 def _until(check: Callable[[], Any], limit_s: float = 60.0) -> Any:

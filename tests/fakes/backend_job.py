@@ -52,8 +52,8 @@ def run(job, report):
         if todo == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen(["sleep", "600"], start_new_session=True)
-        report.note("asleep")
         try:
+            report.note("asleep")
             time.sleep(600)
         finally:
             Path(job["mark"]).write_text("unwound")

@@ -72,9 +72,12 @@ class FakeHost:
         self.faulty = faulty
         self.pieces = pieces
         self.port = port
+        self.gate: asyncio.Event | None = None
+        """What every answer waits for."""
         self.asked: list[dict[str, Any]] = []
         """Requests as they came, hellos and pings left out."""
         self.hellos = 0
+        self.pings = 0
         self.connections = 0
         self.cancelled: list[int] = []
         self._server: asyncio.Server | None = None
@@ -134,6 +137,7 @@ class FakeHost:
             self.cancelled.append(request["id"])
             return
         if request.get("type") == "ping":
+            self.pings += 1
             if fault != "silent":
                 writer.write(frame(json.dumps({"type": "pong", "id": request["id"]})))
             return
@@ -144,6 +148,8 @@ class FakeHost:
                 fault = None
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
+        if self.gate is not None:
+            await self.gate.wait()
         if fault == "late" and not extended:
             # as hosts of the first kind do: to the connection there is now
             writer = self._writers[-1] if self._writers else writer
@@ -195,7 +201,8 @@ class FakeHost:
         if not self.token_delay_s:
             writer.write(b"".join(said))
             return
-        for part in said:
+        writer.write(said[0])
+        for part in said[1:]:
             if id in self.cancelled and fault != "late":
                 return
             writer.write(part)

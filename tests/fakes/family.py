@@ -18,35 +18,34 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import shared_memory
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 from typing import NoReturn
 
 SLEEP = ["sleep", "600"]
 
 
-def sleep_on(ignore: bool) -> NoReturn:
-    if ignore:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def sleep_on() -> NoReturn:
     time.sleep(600)
     os._exit(0)
 
 
-def fork_sleeper(ignore: bool, *, session: bool = False, orphan: bool = False, empty: bool = False) -> None:
+def fork_sleeper(*, session: bool = False, orphan: bool = False, empty: bool = False) -> None:
     done, tell = os.pipe()
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         if session:
             os.setsid()
         if orphan and os.fork():
             os._exit(0)
-        if ignore:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.write(tell, b".")
         os.set_inheritable(tell, False)
         if empty:
             os.execve("/bin/sleep", SLEEP, {})
-        sleep_on(ignore)
+        sleep_on()
     os.read(done, 1)
+    if orphan:  # whoever counts the family then counts no process that is just ending
+        os.waitpid(child, 0)
 
 
 def forking() -> NoReturn:
@@ -80,27 +79,32 @@ def orderly(mark: Path) -> None:
 
 def share(mark: Path) -> shared_memory.SharedMemory:
     memory = shared_memory.SharedMemory(create=True, size=4096)
+    # a moment passes between its start and when others can see what it is
+    tracker = Path(f"/proc/{resource_tracker._resource_tracker._pid}/cmdline")
+    while b"resource_tracker" not in tracker.read_bytes():
+        time.sleep(0.001)
     mark.write_text(memory.name)
     return memory
 
 
 def main() -> None:
     kind = sys.argv[1]
-    ignore = kind in {"stubborn", "sharing"}
+    if kind in {"stubborn", "sharing"}:  # before any of them is started, and before it is said that they are there
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if kind == "sharing":
         kept = share(Path(sys.argv[2]))
-        fork_sleeper(ignore)
+        fork_sleeper()
     if kind in {"deep", "stubborn", "faceless"}:
-        fork_sleeper(ignore)
-        fork_sleeper(ignore, session=True)
-        fork_sleeper(ignore, session=True, orphan=True, empty=kind == "faceless")
+        fork_sleeper()
+        fork_sleeper(session=True)
+        fork_sleeper(session=True, orphan=True, empty=kind == "faceless")
     if kind == "orderly":
         orderly(Path(sys.argv[2]))
     if kind == "forking" and os.fork() == 0:
         os.setsid()
         forking()
     print("ready", flush=True)
-    sleep_on(ignore)
+    sleep_on()
     del kept  # its memory lives as long as it
 
 

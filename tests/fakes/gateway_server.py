@@ -16,12 +16,12 @@ from edgetool.fpga_service.host_client import HostClient
 from edgetool.fpga_service.recording import Recorder
 from tests.fakes.fake_host import FakeHost
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 CHAT = "/v1/chat/completions"
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 90))
+    asyncio.run(asyncio.wait_for(test(), 3 * LIMIT_S))
 
 
 async def until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:

@@ -14,13 +14,14 @@ END_MARKER = b"<|END|>"
 
 
 class OldHost:
-    """Answers `about ` and the last user message, after `think_s`. `pause_s`: 5 s in the original.
+    """Answers `about ` and the last user message, once `gate` is set. `pause_s`: 5 s in the original.
 
     Use as a context manager; `port` listens inside the block.
     """
 
-    def __init__(self, *, pause_s: float = 0.2, think_s: float = 0.0) -> None:
-        self.think_s = think_s
+    def __init__(self, *, pause_s: float = 0.2) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
         self.accepted = 0
         self.asked: list[str] = []
         self._pause_s = pause_s
@@ -37,6 +38,7 @@ class OldHost:
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
+        self.gate.set()
         self._listening.close()
         self._messages.put("")
         if self._current is not None:
@@ -48,8 +50,8 @@ class OldHost:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            self.accepted += 1
             self._current = connection
+            self.accepted += 1
             try:
                 while header := connection.recv(4):
                     wanted, text = int.from_bytes(header, "big"), b""
@@ -68,9 +70,8 @@ class OldHost:
     def _answer(self) -> None:
         while message := self._messages.get():
             users = [one["content"] for one in json.loads(message)["messages"] if one["role"] == "user"]
-            think_s = self.think_s
             self.asked.append(users[-1])
-            time.sleep(think_s)
+            self.gate.wait()
             payload = f"about {users[-1]}".encode() + END_MARKER
             connection = self._current
             if connection is not None:

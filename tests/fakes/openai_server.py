@@ -22,8 +22,9 @@ class Stranger:
 
     first_s, each_s: pauses before the first and each further piece. knows: extra fields it accepts, any other is a 400.
     tells_usage: whether it counts tokens; it calls each word a token, plus `template_tokens`. pieces_per_chunk: words
-    sent in one event. cut_after: breaks a stream off after so many pieces. failing: answers 500 to all but /v1/models.
-    answer: what it says when it is not asked for a stream, in place of `text` again and again.
+    sent in one event. cut_after: breaks a stream off after so many pieces; read once, when the request comes. failing:
+    answers 500 to all but /v1/models. answer: what it says when it is not asked for a stream, in place of `text` again
+    and again. gate: every piece of a stream waits for it.
     """
 
     key: str | None = None
@@ -39,6 +40,7 @@ class Stranger:
     healthy: bool = True
     text: str = "lorem"
     answer: str | None = None
+    gate: threading.Semaphore | None = None
     seen: list[tuple[str, dict[str, Any], str | None]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -60,6 +62,7 @@ class Stranger:
             await self._complete(scope["path"], body, receive, send)
 
     async def _complete(self, path: str, body: dict[str, Any], receive: Any, send: Send) -> None:
+        cut_after = self.cut_after
         usual = {"model", "messages", "prompt", "max_tokens", "temperature", "stream", "seed", "stop"}
         strange = set(body) - usual - self.knows
         if self.failing or strange or body.get("model") not in self.models:
@@ -86,9 +89,11 @@ class Stranger:
             if chat:  # the first event of a chat names the role and holds no text
                 await _event(send, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
             for number in range(0, count, self.pieces_per_chunk):
-                if number == self.cut_after:
+                if number == cut_after:
                     raise ConnectionResetError
                 await asyncio.wait({gone}, timeout=self.each_s if number else self.first_s)
+                while self.gate is not None and not gone.done() and not self.gate.acquire(blocking=False):
+                    await asyncio.wait({gone}, timeout=0.005)
                 if gone.done():
                     self.cancelled.set()
                     return

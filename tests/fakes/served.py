@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from tests import documents
+from tests.fakes.worker_ports import worker_ports
 
 MARK = "SERVED_BY_TEST"
 """Environment variable that every process below inherits."""
@@ -44,7 +45,7 @@ class Served:
             **kept,
             "XDG_STATE_HOME": str(directory / "state"),
             "EDGETOOL_LOCK_DIR": str(directory / "locks"),
-            "EDGETOOL_SCHEDULER_PORT_RANGE": _port_range(),
+            "EDGETOOL_SCHEDULER_PORT_RANGE": "{}-{}".format(*worker_ports(20_000, 500, 12)),
             "OMP_NUM_THREADS": "1",
             MARK: self.mark,
             **({"EDGETOOL_API_KEY": key} if key else {}),
@@ -111,7 +112,7 @@ class Served:
                 found.append(process)
         return found
 
-    def left(self, limit_s: float = 5.0) -> list[str]:
+    def left(self, limit_s: float = 60.0) -> list[str]:
         """What still runs after at most `limit_s`, as command lines."""
         until = time.monotonic() + limit_s
         while (found := self.processes()) and time.monotonic() < until:
@@ -131,19 +132,12 @@ class Served:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(10)
+                self.process.wait(60)
         for process in self.processes():
             process.kill()
 
 
-def _port_range() -> str:
-    """Ports of this worker of the tests: each server has leases of its own, so nothing else keeps two tests apart."""
-    number = int("".join(filter(str.isdigit, os.environ.get("PYTEST_XDIST_WORKER", "0"))))
-    first = 20_000 + number % 6 * 2_000
-    return f"{first}-{first + 1_999}"
-
-
-def is_free(port: int, limit_s: float = 5.0) -> bool:
+def is_free(port: int, limit_s: float = 60.0) -> bool:
     """Whether the port can be bound, by a server that lets connections linger as servers do.
 
     Schedulers of other tests try ports too, for a moment each.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 
 import pytest
 
-from edgetool.progress_lines import JsonProgress, PlainProgress, count, duration, size
+from edgetool.progress_lines import JsonProgress, Meter, PlainProgress, count, duration, size
 
 
 def test_a_task_that_goes_on_quietly_beats() -> None:
@@ -16,11 +17,17 @@ def test_a_task_that_goes_on_quietly_beats() -> None:
     lines = PlainProgress(stream, heartbeat_s=0.05)
     with lines.task("solve", 3, "layer") as task:
         task.advance(1, "model.layers.0")
-        time.sleep(0.3)
+        before = len(stream.getvalue().splitlines())  # a beat that came before the layer was done tells of none
+
+        def beats() -> list[str]:
+            return [line for line in stream.getvalue().splitlines()[before:] if "still running" in line]
+
+        deadline = time.monotonic() + 60
+        while len(beats()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     lines.close()
-    beats = [line for line in stream.getvalue().splitlines() if "still running" in line]
-    assert len(beats) >= 2
-    assert "solve: 1 of 3 layers" in beats[0] and "(model.layers.0)" in beats[0] and "left" in beats[0]
+    assert all("solve: 1 of 3 layers" in beat and "(model.layers.0)" in beat and "left" in beat for beat in beats())
 
 
 def test_no_heartbeat_after_the_work() -> None:
@@ -30,7 +37,26 @@ def test_no_heartbeat_after_the_work() -> None:
         pass
     time.sleep(0.2)
     lines.close()
-    assert "still running" not in stream.getvalue()
+    assert "done in" in stream.getvalue().splitlines()[-1]
+
+
+def test_a_heartbeat_that_is_under_way_when_the_work_ends_comes_before_the_word_on_its_end() -> None:
+    beating, ended = threading.Event(), threading.Event()
+
+    class Slow(PlainProgress):
+        def _task_line(self, event: str, meter: Meter) -> str:
+            if event == "heartbeat":
+                beating.set()
+                ended.wait(0.2)  # the end would be said now, were it not made to wait
+            return super()._task_line(event, meter)
+
+    stream = io.StringIO()
+    lines = Slow(stream, heartbeat_s=0.05)
+    with lines.task("solve", 1):
+        assert beating.wait(60)
+    ended.set()
+    lines.close()
+    assert "done in" in stream.getvalue().splitlines()[-1]
 
 
 def test_many_small_steps_are_few_lines() -> None:
@@ -45,7 +71,7 @@ def test_many_small_steps_are_few_lines() -> None:
 
 def test_a_task_that_fails_is_not_called_done() -> None:
     stream = io.StringIO()
-    lines = JsonProgress(stream)
+    lines = JsonProgress(stream, interval_s=3600, heartbeat_s=3600)
     with pytest.raises(RuntimeError), lines.task("solve", 3) as task:
         task.advance(2)
         raise RuntimeError

@@ -20,13 +20,13 @@ TREE_VARIABLE = "EDGETOOL_TREE"
 LEASE_VARIABLE = "EDGETOOL_LEASE"
 """Environment variable of everything that runs under a lease (scheduler/leasing.py): the lease's id."""
 
-KILL_LIMIT_S = 5.0
+KILL_LIMIT_S = 10.0
 """How long killed processes are waited for; one that outlives it hangs in the kernel (a driver, a network disk)."""
 
 _EMPTY_LOOKS = 3
 
-TRACKER_GRACE_S = 1.0
-"""What a resource tracker gets after the others have been killed."""
+TRACKER_GRACE_S = 5.0
+"""What a resource tracker gets after the others have been killed: on a busy machine those take seconds to be gone."""
 
 
 class ProcessId(NamedTuple):

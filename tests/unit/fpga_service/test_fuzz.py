@@ -76,7 +76,7 @@ def chance_frame(chance: random.Random, messages: list[dict[str, Any]]) -> bytes
 @pytest.mark.parametrize("after_hello", [False, True])
 def test_a_thousand_frames_of_chance_against_the_host(after_hello: bool) -> None:
     chance = random.Random(11 + after_hello)
-    replies = 0
+    replies, enough = 0, 20 if after_hello else 1
     with RunningHost(FakeDevice(), half_frame_s=0.5) as host:
         sent = 0
         while sent < FRAMES:
@@ -88,7 +88,7 @@ def test_a_thousand_frames_of_chance_against_the_host(after_hello: bool) -> None
                     with contextlib.suppress(ConnectionError):
                         raw.socket.sendall(chance_frame(chance, REQUESTS))
                 sent += count
-                raw.socket.settimeout(0.02)
+                raw.socket.settimeout(0.02 if replies >= enough else 2.0)  # some must come, however slow the host is
                 with contextlib.suppress(EOFError, OSError):
                     while True:
                         (length,) = struct.unpack(">I", raw.exactly(4))
@@ -99,7 +99,7 @@ def test_a_thousand_frames_of_chance_against_the_host(after_hello: bool) -> None
                             assert said["type"] in ("started", "token", "done", "scores", "tokens", "error", "pong")
         assert ask_bare(host.port_a, "still there") == "<there>"
         assert "Traceback" not in "".join(host.lines)
-    assert replies > (20 if after_hello else 0)
+    assert replies >= enough
 
 
 def test_a_thousand_commands_of_chance_against_the_host() -> None:

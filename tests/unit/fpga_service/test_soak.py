@@ -115,7 +115,7 @@ def test_every_request_ends_in_its_own_answer_or_a_clear_error(kind: str, second
         port = free_port()
         async with (
             killed_again_and_again(port, each_s, *options) as kills,
-            serving(port, max_queue=150, timeout_s=20, settle_s=0.3) as served,
+            serving(port, max_queue=80, timeout_s=20, settle_s=0.3) as served,
         ):
             end_s = time.monotonic() + seconds
 

@@ -282,6 +282,8 @@ def test_nothing_secret_is_on_the_command_line_or_in_the_environment_of_the_guar
 
 def test_a_tree_inside_a_tree_belongs_to_both(tmp_path: Path, mark: str) -> None:
     with Child.start(["sleep", "600"], log=tmp_path / "log") as child:
+        # exec shows the environment of the new program a moment after it has ended the old one
+        wait_until(lambda: child.main in carriers(mark), "its environment is not to be seen")
         assert {p.pid for p in carriers(mark)} == {child.pid, child._guard.pid}
         assert child.tree() == {child.main}
 

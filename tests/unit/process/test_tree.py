@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +31,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_name_that_looks_like_fields_is_read_as_a_name(tmp_path: Path) -> None:
     strange = tmp_path / "x) R 1 1 1"
     strange.symlink_to("/bin/sleep")
-    with subprocess.Popen([strange, "600"]) as process:
+    with started([str(strange), "600"]) as process:
         found = entry(process.pid)
         assert found is not None
         assert (found.id.pid, found.parent) == (process.pid, os.getpid())
@@ -81,7 +82,8 @@ def test_each_token_of_the_list_is_carried_and_no_part_of_one(sleeper: subproces
 def test_reap_spares_itself_and_what_is_above_it() -> None:
     script = f"from edgetool.process.tree import reap; print(len(reap('{TOKEN}').seen), 'ended')"
     with_token = {**os.environ, "EDGETOOL_TREE": TOKEN}
-    shell = f'sleep 600 & {sys.executable} -c "{script}"; echo shell lives; wait'
+    seen = "until grep -qz 600 /proc/$!/cmdline; do :; done"  # exec shows the new environment a moment later
+    shell = f'sleep 600 & {seen}; {sys.executable} -c "{script}"; echo shell lives; wait'
     done = subprocess.run(["sh", "-c", shell], env=with_token, capture_output=True, text=True, timeout=60)
     assert done.stdout == "1 ended\nshell lives\n"
 
@@ -106,6 +108,28 @@ def test_what_cannot_be_ended_is_said(monkeypatch: pytest.MonkeyPatch, sleeper: 
     assert there is not None
     end = end_tree(lambda: {p for p in [there] if alive(p)}, there, lambda: 0.0)
     assert end.left == end.killed == (there,)
+
+
+def test_a_resource_tracker_has_time_to_tidy_up_though_the_others_take_seconds_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed with them it would leave their shared memory taken until the next boot."""
+    now_s = 0.0
+    words = [sys.executable, "-c", "import time; time.sleep(600)", "multiprocessing.resource_tracker"]
+    monkeypatch.setattr(process_tree, "time", SimpleNamespace(monotonic=lambda: now_s))
+    with started(words) as tracker:
+        there = identify(tracker.pid)
+        assert there is not None
+
+        def wait(pause_s: float) -> None:
+            nonlocal now_s
+            now_s += pause_s
+            if now_s > 4:
+                tracker.terminate()
+                tracker.wait()
+
+        end = end_tree(lambda: {p for p in [there] if alive(p)}, None, lambda: 0.0, wait)
+    assert (end.seen, end.killed, end.left) == ((there,), (), ())
 
 
 def test_a_look_that_misses_a_process_is_not_believed(sleeper: subprocess.Popen[bytes]) -> None:

@@ -254,7 +254,10 @@ def test_grants_of_two_users_keep_each_other_out(directory: LeaseDirectory) -> N
 
 @as_root
 @pytest.mark.parametrize(("mode", "accepted"), [(0o1777, True), (0o755, False), (0o700, False), (0o1775, False)])
-def test_a_directory_of_another_user_must_be_open_to_all(directory: LeaseDirectory, mode: int, accepted: bool) -> None:
+def test_a_directory_of_another_user_must_be_open_to_all(
+    directory: LeaseDirectory, mode: int, accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_MAKING_LIMIT_S", 0.1)
     directory.path.mkdir()
     os.chown(directory.path, 1, 1)
     directory.path.chmod(mode)
@@ -270,8 +273,9 @@ def test_a_directory_of_another_user_must_be_open_to_all(directory: LeaseDirecto
 @as_root
 @pytest.mark.parametrize("looker", [None, NOBODY])
 def test_who_comes_while_another_user_makes_the_directory_waits_for_it(
-    directory: LeaseDirectory, looker: int | None
+    directory: LeaseDirectory, looker: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(leases, "_MAKING_LIMIT_S", 60.0)
     directory.path.mkdir(mode=0o700)
     os.chown(directory.path, 1, 1)  # made, and not yet opened to all
     opening = threading.Timer(0.2, directory.path.chmod, (0o1777,))

@@ -69,7 +69,9 @@ def start() -> Iterator[Callable[..., int]]:
         process.wait()
 
 
-def lost_owner(scheduler: Scheduler, request: Request, command: list[str], keep: str = "all") -> tuple[int, int]:
+def lost_owner(
+    scheduler: Scheduler, request: Request, command: list[str], keep: str = "all", **more: object
+) -> tuple[int, int]:
     """A lease whose owner was killed while its child lives: numbers of the owner and of the child."""
     reading, writing = os.pipe()
     owner = os.fork()
@@ -80,7 +82,7 @@ def lost_owner(scheduler: Scheduler, request: Request, command: list[str], keep:
             lease = scheduler.acquire(request, command="serve")
             env = {**os.environ, **(lease.environment() if keep != "descriptor" else {})}
             fds = lease.fds if keep != "environment" else ()
-            child = subprocess.Popen(command, pass_fds=fds, env=env)
+            child = started(command, pass_fds=fds, env=env, **more)
             os.write(writing, f"{child.pid}".encode())
             time.sleep(600)
         finally:
@@ -165,7 +167,7 @@ def test_an_orphan_that_ignores_the_request_is_killed(scheduler: Scheduler, driv
 
 def test_whole_trees_are_ended_also_what_they_start_meanwhile(scheduler: Scheduler, driver: Driver) -> None:
     script = "trap '' TERM; while :; do sleep 600 & sleep 0.02; done"
-    _, orphan = lost_owner(scheduler, ONE, ["setsid", "sh", "-c", script])
+    _, orphan = lost_owner(scheduler, ONE, ["sh", "-c", script], start_new_session=True)
     until = time.monotonic() + 60
     while len(orphans(scheduler.directory.scan().leases, scheduler.directory.path, os.geteuid())) < 6:
         assert time.monotonic() < until
