@@ -160,7 +160,7 @@ def _parse(path: Path) -> Any:
     if suffix not in {".toml", ".yaml", ".yml"}:
         raise ConfigError(f"{path} is not a configuration file: its name must end in .toml, .yaml or .yml")
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

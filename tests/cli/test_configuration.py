@@ -48,6 +48,36 @@ def test_an_option_that_says_no_beats_a_file_that_says_yes(edgetool: Callable[..
     assert (settings["sym"], settings["desc_act"]) == (False, False)
 
 
+@pytest.mark.parametrize("name", ["a.toml", "a.yaml"])
+def test_the_mark_that_editors_put_before_a_text_is_none_of_it(
+    edgetool: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text(TOML if name == "a.toml" else YAML, encoding="utf-8-sig")
+    assert resolved(edgetool, "--config", str(tmp_path / name))["config"]["quantize"]["bits"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "x" * 300),
+        ("compile-vcu128", "x" * 300, "-o", "out"),
+        ("convert", "x" * 300, "-o", "out", "--to", "awq"),
+        ("eval", "x" * 300, "-o", "out", "--tasks", "arc_easy"),
+        ("run", "demo", "--preset", "smoke", "-o", "x" * 300),
+        ("serve-fpga", "--image", "x" * 300),
+    ],
+)
+def test_a_name_longer_than_file_systems_know_is_bad_input(
+    edgetool: Callable[..., Any], arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = edgetool(*arguments)
+    assert result.exit_code == 4, result.stderr
+    assert "is too long: a name may have 255 bytes" in result.stderr
+    assert "x" * 100 not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_show_config_can_be_read_back(edgetool: Callable[..., Any], tmp_path: Path) -> None:
     shown = edgetool(*QUANTIZE, "--bits", "3", "--max-shard-size", "2GiB", "--show-config").stdout
     (tmp_path / "again.toml").write_text(shown)

@@ -107,6 +107,13 @@ def test_what_a_late_step_cannot_measure_is_said_before_anything_runs(
     assert [call for call in run.calls() if "--dry-run" not in call] == []
 
 
+def test_a_recipe_may_be_written_by_any_editor_and_have_capitals_in_its_ending(run: Run) -> None:
+    recipe = (run.directory / "r.toml").read_text()
+    (run.directory / "R.TOML").write_text(recipe, encoding="utf-8-sig")
+    result = run("R.TOML")
+    assert result.exit_code == 0, result.stdout
+
+
 def test_a_place_that_cannot_be_made_is_one_clear_error(run: Run) -> None:
     result = run("r.toml", "-o", "/proc/nowhere")  # its makers get ENOENT, whoever they are
     assert (result.exit_code, run.calls()) == (4, [])

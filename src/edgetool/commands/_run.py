@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,25 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
         _need_working_directory()
     with output.reserved(), contextlib.ExitStack() as live:
         shown = live.enter_context(console.progress(settings.common.progress))
-        with _job(settings, command, output, shown) as progress:
+        with _job(settings, command, output, shown) as progress, _long_names():
             yield Run(settings, progress, output, live)
+
+
+@contextlib.contextmanager
+def _long_names() -> Iterator[None]:
+    """Name what the file system refuses by its length: any question about such a path fails, not only opening it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename or "")
+        shown = name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
+        raise BadInput(
+            f"the path {shown} is too long: a name may have 255 bytes, and edgetool's own endings such as .partial "
+            "count too",
+            "use shorter names",
+        ) from error
 
 
 def _need_working_directory() -> None:

@@ -37,11 +37,12 @@ def recipe_of(config: Config) -> Recipe:
         raise UsageError(
             "run needs a RECIPE, or a MODEL and --preset", "edgetool run demo --preset smoke -o runs/smoke"
         )
-    if settings.preset is not None and settings.target.endswith(".toml"):
+    is_recipe = settings.target.lower().endswith(".toml")
+    if settings.preset is not None and is_recipe:
         raise UsageError(f"{settings.target} is a recipe, and --preset names another", "leave one of them out")
     if settings.preset is not None:
         recipe = replace(preset(settings.preset, settings.changes), model=settings.target)
-    elif settings.target.endswith(".toml"):
+    elif is_recipe:
         recipe = read_recipe(Path(settings.target).expanduser(), settings.changes)
     else:
         raise UsageError(

@@ -92,7 +92,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         ConfigError: the file cannot be read, or says what cannot be done; the nearest name is named.
     """
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")  # editors of Windows put a mark before the text
     except OSError as error:
         hint = "a model is run by: edgetool run MODEL --preset smoke -o DIR"
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}", hint) from error
