@@ -278,6 +278,7 @@ def _change(directory: Path, **config: Any) -> None:
         ({"model_type": "gemma3"}, "model_type 'gemma3'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
         ({"num_hidden_layers": 3}, r"'model\.layers\.2\.\S+' is missing"),
+        ({"num_hidden_layers": 10**12}, "tensors are too few for 1000000000000 layers"),
         ({"num_hidden_layers": 1}, r"'model\.layers\.1\.\S+' \(and 8 others\) has no place"),
         ({"vocab_size": 100}, "number 435, the embeddings have 100 rows"),
     ],
