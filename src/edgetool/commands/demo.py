@@ -16,7 +16,9 @@ def demo(
     ctx: typer.Context,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Replaced where it holds a demo [default: demo-out]."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Directory to write; a demo in it is replaced [default: demo-out]."
+        ),
     ] = None,
     threads: o.Threads = None,
     offline: o.Offline = None,
