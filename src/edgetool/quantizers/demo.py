@@ -79,12 +79,15 @@ def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> di
 
 
 def _refuse_other_work(output: Path) -> None:
-    try:
-        model = json.loads((output / MANIFEST_NAME).read_bytes())["result"]["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+    manifest = output / MANIFEST_NAME
+    if not manifest.is_file():
         return  # what edgetool did not write is refused where the output is opened
+    try:
+        model = json.loads(manifest.read_bytes())["result"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model = None
     if model != "demo":
-        raise BadInput(f"output {output} exists already, and holds no demo: {model}", "choose another --output")
+        raise BadInput(f"output {output} exists already, and holds no demo", "choose another --output")
 
 
 def _measure(checkpoint: Checkpoint, name: str, threads: int | None, progress: Progress) -> dict[str, Any]:
