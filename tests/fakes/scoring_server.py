@@ -17,8 +17,8 @@ class ScoringServer:
     """Answers /v1/models and /v1/completions, in float32, as vLLM does: offsets count characters of the joined tokens.
 
     key: what it wants as bearer token. down_after: answers so many completions and then 503 to all. garbage: what it
-    changes in its answers: "html", "deep", "null", "no_logprobs", "no_echo", "nan", "no_choices". speaks_tokens: whether
-    prompts may be token ids. seen: the bodies of all completions.
+    changes in its answers: "html", "deep", "null", "no_logprobs", "no_echo", "nan", "no_choices". speaks_tokens:
+    whether prompts may be token ids. seen: the bodies of all completions.
     """
 
     directory: Path
