@@ -80,7 +80,10 @@ def plan_gguf(source: Source, *, threads: int = 1, progress: Progress | None = N
     _compare_names(source, {theirs for theirs, _ in table.values()}, model["model_type"])
     with tempfile.TemporaryDirectory(prefix="edgetool-") as scratch:
         source.write_side_files(Path(scratch))
-        vocabulary = tokenizer_metadata(Path(scratch), source.config)
+        try:
+            vocabulary = tokenizer_metadata(Path(scratch), source.config)
+        except BadInput as error:  # by the file's own name: the directory is gone when this is read
+            raise BadInput(error.message.replace(f"{scratch}/", ""), error.hint) from error
     names = {name: _origin(source, theirs) for name, (theirs, _) in table.items()}
     refused: dict[str, str] = {}
 

@@ -299,6 +299,13 @@ def test_untied_embeddings_without_an_output_matrix_are_refused(tmp_path: Path) 
         plan_gguf(CheckpointSource.open(model))
 
 
+def test_a_damaged_tokenizer_is_named_without_the_directory_it_was_copied_to(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", "llama", layers=1)
+    (model / "tokenizer.json").write_text("[]")
+    with pytest.raises(BadInput, match=r"^tokenizer\.json: must hold a JSON object"):
+        plan_gguf(CheckpointSource.open(model))
+
+
 def test_every_layer_that_does_not_fit_is_named_with_its_reason(tmp_path: Path, models: dict[str, Path]) -> None:
     act_order = random_layer(1, 64, 64, sym=True, act_order=True)
     wide = random_layer(2, 32, 64, sym=True)
