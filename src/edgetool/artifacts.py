@@ -27,7 +27,7 @@ MANIFEST_NAME = "edgetool.json"
 _HASH_CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _TOO_LARGE = {errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def sha256_file(path: Path) -> str:
@@ -131,9 +131,11 @@ class OutputDirectory:
                 cannot be written.
             ResourceUnavailable: the unfinished one in the way is another process's, which is still running.
         """
-        if self.output.is_symlink() or self.output.exists():
+        with disk_errors(self.output):  # a name may be too long to be asked for
+            there, unfinished = self.output.is_symlink() or self.output.exists(), self.partial.exists()
+        if there:
             self._check_replaceable()
-        if self.partial.exists() and not (self.resume or self.overwrite):
+        if unfinished and not (self.resume or self.overwrite):
             self._refuse_beside_another_run()
             raise BadInput(
                 f"an unfinished run is in the way: {self.partial}",
@@ -154,7 +156,7 @@ class OutputDirectory:
             raise BadInput(f"output {self.output} exists already", "add --overwrite to replace it, or choose another")
         # --overwrite deletes what was there: a slip of the hand must not cost a home or a project directory
         here, home = Path.cwd(), Path.home()
-        holds_work = any(entry.is_dir() for entry in self.output.iterdir())
+        holds_work = any(self.output.iterdir())
         ours = (self.output / MANIFEST_NAME).is_file()
         if self.output in {here, home, *here.parents, *home.parents} or (holds_work and not ours):
             raise BadInput(

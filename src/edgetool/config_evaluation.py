@@ -60,7 +60,7 @@ class EvalConfig(Section):
     chat_template: bool = setting(False, "put each question into the model's chat template", "true or false")
     system_prompt: str | None = setting(None, "system message before each question", "a text")
     seed: Annotated[int, BeforeValidator(only_numbers), Field(ge=0, lt=2**32)] = setting(
-        1234, "seed of examples, of intervals and of the order of --sequential", "a number of at least 0"
+        1234, "seed of examples, of intervals and of the order of --sequential", "a number from 0 to 4294967295"
     )
     batch_size: Annotated[Count | Literal["auto"], BeforeValidator(whole)] = setting(
         "auto", "requests computed together; auto = 8 on a CPU, on a GPU as many as fit", "a number, or auto"
@@ -69,7 +69,7 @@ class EvalConfig(Section):
         None, "longest context in tokens (default: the model's, and 2048 for an endpoint)", "a number from 16"
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "dtype of the model in-process; auto = the fast one of the device", "auto or a dtype"
+        "auto", "dtype of the model in-process; auto = the fast one of the device", "auto, bfloat16, float16 or float32"
     )
     device: Device = setting("auto", "where to compute", "auto, cpu, cuda or cuda:N")
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")

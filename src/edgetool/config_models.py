@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -86,7 +87,7 @@ class QuantizeConfig(Section):
     calib_samples: Count = setting(128, "calibration sequences", "a number of at least 1")
     calib_seqlen: Count = setting(512, "tokens per calibration sequence", "a number of at least 1")
     seed: Annotated[int, BeforeValidator(only_numbers), Field(ge=0, lt=2**63)] = setting(
-        0, "seed of everything that is drawn at random", "a number of at least 0"
+        0, "seed of everything that is drawn at random", "a number from 0 to 2^63 - 1"
     )
     quantize_lm_head: bool = setting(False, "quantise lm_head too", "true or false")
     scale_search: Literal["mse", "minmax"] = setting(
@@ -185,6 +186,11 @@ class ConvertConfig(Section):
                 "--fix-config repairs SRC in place and converts nothing, so --to and --output do not go with it",
                 "convert reads the tensors, not the config: leave --fix-config out to convert",
             )
+        if self.fix_config and self.dry_run:
+            raise ConfigError(
+                "--fix-config writes SRC's config.json, and --dry-run writes nothing",
+                f"what would be repaired is said by: {shlex.join(['edgetool', 'inspect', self.source])}",
+            )
         if self.output is not None and self.output.suffix == ".gguf":
             raise ConfigError(
                 f"output {self.output} is named like a file, and a directory is written, with model.gguf in it",
@@ -217,7 +223,9 @@ class InspectConfig(Section):
 class DemoConfig(Section):
     """Settings of `edgetool demo`."""
 
-    output: HomeDirectory = setting(Path("demo-out"), "directory to write; replaced when it exists", "a directory")
+    output: HomeDirectory = setting(
+        Path("demo-out"), "directory to write; an earlier demo in it is replaced", "a directory"
+    )
     threads: Count | None = setting(None, "CPU threads (default: one per core)", "a number of at least 1")
 
 

@@ -29,16 +29,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def refuse_overlap(out: OutputDirectory, inputs: list[Path]) -> None:
-    """Raise BadInput where writing the output could touch the model: one inside the other, or both the same."""
+    """Raise BadInput where writing the output could touch what is read: one inside the other, or both the same."""
     for path in inputs:
         if not path.exists():
             continue
         model = path.resolve()
         for place in (out.output.resolve(), out.partial.resolve()):
             if place == model or model in place.parents or place in model.parents:
-                raise BadInput(
-                    f"output {out.output} and model {path} must not lie in one another", "choose another --output"
-                )
+                raise BadInput(f"output {out.output} and {path} must not lie in one another", "choose another --output")
 
 
 def free_disk_bytes(output: Path, needed_bytes: int, what: str) -> int:

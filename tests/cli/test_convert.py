@@ -273,6 +273,7 @@ def test_other_tensors_that_the_target_cannot_hold_are_refused_or_rounded_as_ask
         (["SRC", "-o", "OUT", "--to", "awq", "--group-size", "64"], 3, "add --requant"),
         (["SRC", "-o", "OUT", "--to", "fp16", "--sym"], 3, "leave --sym out"),
         (["--fix-config", "SRC", "--to", "awq"], 3, "--fix-config"),
+        (["--fix-config", "SRC", "--dry-run"], 3, "--dry-run writes nothing"),
         (["SRC", "-o", "OUT.gguf", "--to", "gguf"], 3, "a directory is written"),
         (["--fix-config", "demo"], 4, "demo is none"),
         (["SRC", "-o", "SRC/inside", "--to", "awq"], 4, "must not lie in one another"),

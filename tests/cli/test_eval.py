@@ -243,6 +243,13 @@ def test_finished_runs_can_be_compared_with_each_other(evaluate: Eval, places: P
     assert (tmp_path / "compared" / "report.html").is_file()
     assert document(CliRunner().invoke(app, [*compare, "--gate", "ratio<=0.1"]), 8)["gate"]["passed"] is False
     document(evaluate("arc_easy", "--limit", "4", "-o", str(tmp_path / "fewer"), model="quantized", against=None))
+    for place in (
+        tmp_path / "original",
+        tmp_path / "original" / "deeper",
+        tmp_path / "quantized",
+    ):  # what is compared is not replaced
+        lost = document(CliRunner().invoke(app, [*compare, "-o", str(place), "--overwrite"]), 4)
+        assert "must not lie in one another" in lost["message"]
     other = ["eval", "--compare", str(tmp_path / "original"), str(tmp_path / "fewer"), "--json"]
     assert "limit" in document(CliRunner().invoke(app, other), 4)["message"]
 

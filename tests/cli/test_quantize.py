@@ -560,6 +560,12 @@ def test_the_demo_command_quantises_compares_and_may_be_run_again(
         assert [answer["model"] for answer in document["answers"]] == ["original", "quantised"]
         assert document["output"] == "demo-out"
     assert [path.name for path in tmp_path.iterdir()] == ["demo-out"]
+    (tmp_path / "mine").mkdir()
+    for record in ({"result": {"model": "hf:Qwen/Qwen2.5-7B"}}, {"schema": "edgetool.eval-record/1"}, []):
+        (tmp_path / "mine" / "edgetool.json").write_text(json.dumps(record))
+        refused = CliRunner().invoke(_app(), ["demo", "-o", "mine", "--json"])
+        assert refused.exit_code == 4 and "holds no demo" in json.loads(refused.stdout)["message"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["edgetool.json"]
     table = CliRunner().invoke(_app(), ["demo", "--threads", "1"])
     assert table.exit_code == 0
     for word in ("perplexity", "original", "quantised", "Why is the sky blue?"):

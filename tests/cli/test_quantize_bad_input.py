@@ -140,7 +140,59 @@ def no_architecture(model: Path) -> str:
 
 def more_layers_than_tensors(model: Path) -> str:
     edit_json(model / "config.json", num_hidden_layers=3)
-    return "model.layers.2.self_attn.q_proj.weight"
+    return "promises 3 layers, and there is no tensor of model.layers.2"
+
+
+def another_vocabulary(model: Path) -> str:
+    edit_json(model / "config.json", vocab_size=600)
+    return "model.embed_tokens.weight has shape [512, 64], config.json asks for [600, 64]"
+
+
+def heads_that_do_not_divide(model: Path) -> str:
+    edit_json(model / "config.json", num_attention_heads=3)
+    return "is not a multiple of the number of attention heads (3)"
+
+
+def no_heads(model: Path) -> str:
+    edit_json(model / "config.json", num_attention_heads=0)
+    return "config.json: transformers cannot use it: ZeroDivisionError"
+
+
+def a_text_where_a_number_belongs(model: Path) -> str:
+    edit_json(model / "config.json", rms_norm_eps="small")
+    return "'rms_norm_eps' expected float, got str (value: 'small')"
+
+
+def a_norm_less_in_the_last_layer(model: Path) -> str:
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors.pop("model.layers.1.post_attention_layernorm.weight", None)
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = model / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    del document["weight_map"]["model.layers.1.post_attention_layernorm.weight"]
+    index.write_text(json.dumps(document))
+    return "tensor model.layers.1.post_attention_layernorm.weight is missing"
+
+
+def biases_that_are_not_there(model: Path) -> str:
+    edit_json(model / "config.json", attention_bias=True)
+    return "tensor model.layers.0.self_attn.q_proj.bias is missing"
+
+
+def no_key_heads(model: Path) -> str:
+    edit_json(model / "config.json", num_key_value_heads=0)
+    return "config.json: transformers cannot use it: ZeroDivisionError"
+
+
+def an_unknown_activation(model: Path) -> str:
+    edit_json(model / "config.json", hidden_act="tanhish")
+    return "config.json: transformers cannot use it: KeyError 'tanhish'"
+
+
+def an_unknown_dtype(model: Path) -> str:
+    edit_json(model / "config.json", dtype="float17")
+    return "config.json: transformers cannot use it"
 
 
 def only_pickled(model: Path) -> str:
@@ -165,6 +217,15 @@ def only_pickled(model: Path) -> str:
         unknown_architecture,
         no_architecture,
         more_layers_than_tensors,
+        another_vocabulary,
+        heads_that_do_not_divide,
+        no_heads,
+        a_text_where_a_number_belongs,
+        an_unknown_dtype,
+        a_norm_less_in_the_last_layer,
+        biases_that_are_not_there,
+        no_key_heads,
+        an_unknown_activation,
         only_pickled,
     ],
 )
@@ -177,6 +238,25 @@ def test_a_damaged_checkpoint_is_refused_naming_what_is_wrong(
     refused(quantize(sharded, output, "--method", method), 4, "BadInput", named)
     nothing_left(output)
     refused(quantize(sharded, output, "--method", method, "--dry-run"), 4, "BadInput", named)
+
+
+def test_layers_that_config_json_does_not_count_are_not_left_alone_in_silence(quantize: Quantize, model: Path) -> None:
+    edit_json(model / "config.json", num_hidden_layers=1)
+    result = quantize(model, model.parent / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "the tensors of layer 1 and 0 more were copied as they are" in json.loads(result.stdout)["warnings"][0]
+
+
+def test_a_bias_that_the_config_knows_nothing_of_is_refused_unless_it_is_zero(quantize: Quantize, model: Path) -> None:
+    path = model / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.bias"
+    for value in (1.0, 0.0):
+        save_file({**load_file(path), name: torch.full((128,), value).half()}, path, metadata={"format": "pt"})
+        result = quantize(model, model.parent / "out")
+        if value:
+            refused(result, 4, "BadInput", f"{name} is stored, and config.json asks for none")
+        else:
+            assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ class ScoringServer:
     """Answers /v1/models and /v1/completions, in float32, as vLLM does: offsets count characters of the joined tokens.
 
     key: what it wants as bearer token. down_after: answers so many completions and then 503 to all. garbage: what it
-    changes in its answers: "html", "null", "no_logprobs", "no_echo", "nan", "no_choices". speaks_tokens: whether
-    prompts may be token ids. seen: the bodies of all completions.
+    changes in its answers: "html", "deep", "null", "no_logprobs", "no_echo", "nan", "no_choices". speaks_tokens:
+    whether prompts may be token ids. seen: the bodies of all completions.
     """
 
     directory: Path
@@ -59,6 +59,8 @@ class ScoringServer:
         self.seen.append(body)
         if self.garbage == "html":
             return 200, b"<html>welcome</html>"
+        if self.garbage == "deep":
+            return 200, b"[" * 200_000
         if self.garbage == "null":
             return 200, b"null"
         prompts = body["prompt"]

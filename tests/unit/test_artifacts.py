@@ -48,6 +48,7 @@ def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
 def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "weights").write_text("old")
+    write_manifest(tmp_path / "out", {})
     with OutputDirectory(tmp_path / "out", overwrite=True) as out:
         fill(out, "new")
         assert (tmp_path / "out" / "weights").read_text() == "old"
@@ -69,10 +70,24 @@ def test_overwrite_spares_directories_that_edgetool_did_not_write(tmp_path: Path
     OutputDirectory(tmp_path / "project", overwrite=True).check()
 
 
+def test_overwrite_spares_files_that_edgetool_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "Qwen2.5-7B").mkdir()
+    OutputDirectory(tmp_path / "Qwen2.5-7B", overwrite=True).check()  # an empty place loses nothing
+    (tmp_path / "Qwen2.5-7B" / "model.safetensors").write_bytes(b"fetched for hours")
+    with pytest.raises(BadInput, match="was not written by edgetool"):
+        OutputDirectory(tmp_path / "Qwen2.5-7B", overwrite=True).check()
+
+
 def test_overwrite_spares_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput):
         OutputDirectory(Path(), overwrite=True).check()
+
+
+@pytest.mark.parametrize("length", [256, 250])
+def test_a_name_that_the_file_system_does_not_take_is_refused(tmp_path: Path, length: int) -> None:
+    with pytest.raises(BadInput, match="too long"):  # of 250, with .partial behind it
+        OutputDirectory(tmp_path / ("x" * length)).check()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

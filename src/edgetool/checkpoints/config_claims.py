@@ -64,7 +64,8 @@ def _flat(claim: Mapping[str, Any]) -> dict[str, Any]:
     if method == "compressed-tensors":
         groups = claim.get("config_groups")
         first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
-        weights = (first.get("weights") if isinstance(first, Mapping) else None) or {}
+        said = first.get("weights") if isinstance(first, Mapping) else None
+        weights: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
         flat: dict[str, Any] = {"format": "compressed-tensors"}
         if claim.get("format") not in (None, "pack-quantized"):
             flat["format"] = f"compressed-tensors {claim['format']}"

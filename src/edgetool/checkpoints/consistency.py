@@ -9,6 +9,15 @@ from typing import Any
 
 _DENSE = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"}
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 _SHOWN = 5
 
 
@@ -28,16 +37,22 @@ def config_problems(config: Mapping[str, Any], weights: Mapping[str, ModuleShape
     inner = config.get("text_config")
     text = {**config, **inner} if isinstance(inner, dict) else dict(config)
     problems = []
-    if not isinstance(config.get("model_type"), str):
+    family = config.get("model_type")
+    if not isinstance(family, str):
         problems.append("config.json names no model_type")
+        family = ""
     prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in weights), None)
     if prefix is None:
-        if config.get("model_type") in _DENSE:
+        if family in _DENSE:
             problems.append("no tensor model.embed_tokens.weight")
         return problems
     problems += _rope_problems(text)
-    problems += _layer_problems(text, prefix, weights)
-    expected = _expected(text, prefix, dense=config.get("model_type") in _DENSE)
+    wrong = [key for key in _SIZES if (value := text.get(key)) is not None and (type(value) is not int or value < 1)]
+    problems += [f"config.json: {key} is {text[key]!r}; must be a whole number, 1 or more" for key in wrong]
+    layers = _layers(prefix, weights)
+    if "num_hidden_layers" not in wrong:
+        problems += _layer_problems(text, layers)
+    expected = {} if wrong else _expected(text, prefix, layers, dense=family in _DENSE)
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
     if head is None and not tied:
@@ -68,24 +83,34 @@ def _rope_problems(text: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _layer_problems(text: Mapping[str, Any], prefix: str, weights: Mapping[str, ModuleShape]) -> list[str]:
-    promised = text.get("num_hidden_layers")
+def _layers(prefix: str, weights: Mapping[str, ModuleShape]) -> set[int]:
+    """Numbers of the layers that have tensors."""
     pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
-    layers = {int(match[1]) for name in weights if (match := pattern.match(name))}
-    if not isinstance(promised, int):
+    return {int(match[1]) for name in weights if (match := pattern.match(name))}
+
+
+def _layer_problems(text: Mapping[str, Any], layers: set[int]) -> list[str]:
+    promised = text.get("num_hidden_layers")
+    if promised is None:
         return ["config.json names no num_hidden_layers"]
     problems = []
-    if absent := sorted(set(range(promised)) - layers):
-        problems.append(f"config.json promises {promised} layers; layers {_some(absent)} have no tensors")
-    if extra := sorted(layer for layer in layers if layer >= promised):
+    extra = sorted(layer for layer in layers if layer >= promised)
+    if absent := promised - (len(layers) - len(extra)):
+        # config.json may promise any number: no list is made of it
+        first = [layer for layer in range(min(promised, len(layers) + _SHOWN)) if layer not in layers]
+        problems.append(f"config.json promises {promised} layers; layers {_some(first, absent)} have no tensors")
+    if extra:
         problems.append(f"config.json promises {promised} layers; there are tensors of layers {_some(extra)}")
     return problems
 
 
-def _expected(text: Mapping[str, Any], prefix: str, dense: bool) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the weights that must be there; empty when the configuration lacks a size."""
+def _expected(text: Mapping[str, Any], prefix: str, layers: set[int], dense: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights that must be there, of `layers` as far as they are promised.
+
+    Empty when the configuration lacks a size.
+    """
     try:
-        hidden, vocab, layers = text["hidden_size"], text["vocab_size"], text["num_hidden_layers"]
+        hidden, vocab, promised = text["hidden_size"], text["vocab_size"], text["num_hidden_layers"]
         matrix = (vocab, hidden)
         expected: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": matrix, "lm_head.weight": matrix}
         if not dense:
@@ -105,13 +130,15 @@ def _expected(text: Mapping[str, Any], prefix: str, dense: bool) -> dict[str, tu
             "mlp.down_proj": (hidden, inner),
         }
         expected[f"{prefix}norm.weight"] = (hidden,)
-        for number in range(layers):
+        for number in sorted(layer for layer in layers if layer < promised):
             expected |= {f"{prefix}layers.{number}.{name}.weight": shape for name, shape in layer.items()}
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError):
         return {}
     return expected
 
 
-def _some(items: list[Any]) -> str:
+def _some(items: list[Any], count: int | None = None) -> str:
+    """The first of `items`, and how many more there are of `count` (default: of the items)."""
+    more = (len(items) if count is None else count) - _SHOWN
     shown = ", ".join(str(item) for item in items[:_SHOWN])
-    return shown + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+    return shown + (f" and {more} more" if more > 0 else "")

@@ -172,7 +172,10 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
         raise BadInput(f"{module}: {_shown(shapes)}; all must have two dimensions")
     if suffix == "weight_packed":
         kind = "compressed-tensors"
-        out_features, in_features = (int(size) for size in read(f"{module}.weight_shape"))
+        sizes = read(f"{module}.weight_shape")
+        if sizes.shape != (2,) or sizes.dtype.kind not in "iu":
+            raise BadInput(f"{module}.weight_shape is {sizes.dtype} {sizes.shape}; must be two whole numbers")
+        out_features, in_features = (int(size) for size in sizes)
         groups = shapes["weight_scale"][1]
         bits = _packed_bits(in_features, shapes[suffix][1])
         fits = shapes[suffix][0] == shapes["weight_scale"][0] == out_features and bits is not None
@@ -190,6 +193,8 @@ def _layout(module: str, suffix: str, tensors: Mapping[str, TensorInfo], read: R
     if not fits or bits is None or groups > in_features:
         raise BadInput(f"{module}: {_shown(shapes)} fit neither GPTQ, AWQ gemm nor compressed-tensors pack-quantized")
     g_idx = read(g_idx_name) if g_idx_name in tensors and kind != "awq" else None
+    if g_idx is not None and g_idx.dtype.kind not in "iu":
+        raise BadInput(f"{g_idx_name} is stored as {tensors[g_idx_name].dtype}, not as whole numbers")
     if g_idx is not None and (g_idx.size == 0 or bool(np.all(g_idx == -1))):
         g_idx = None
     if g_idx is not None and (g_idx.shape != (in_features,) or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):

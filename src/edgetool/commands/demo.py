@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from edgetool.commands import _options as o
@@ -11,7 +14,12 @@ from edgetool.commands._run import run
 @o.with_common
 def demo(
     ctx: typer.Context,
-    output: o.Output = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Directory to write; a demo in it is replaced [default: demo-out]."
+        ),
+    ] = None,
     threads: o.Threads = None,
     offline: o.Offline = None,
     cache_dir: o.CacheDir = None,

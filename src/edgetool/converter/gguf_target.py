@@ -73,11 +73,17 @@ def plan_gguf(source: Source, *, threads: int = 1, progress: Progress | None = N
     model = described(source.config)
     # a file without an output matrix uses the embeddings, as a model does that ties them
     output = "lm_head.weight" in source.plain or "lm_head" in source.layouts
+    tensors = len(source.plain) + len(source.layouts)
+    if model["num_hidden_layers"] > tensors:  # no table is made for what may be any number
+        raise BadInput(f"config.json: {tensors} tensors are too few for {model['num_hidden_layers']} layers")
     table = tensor_table(model, output or source.config.get("tie_word_embeddings") is False)
     _compare_names(source, {theirs for theirs, _ in table.values()}, model["model_type"])
     with tempfile.TemporaryDirectory(prefix="edgetool-") as scratch:
         source.write_side_files(Path(scratch))
-        vocabulary = tokenizer_metadata(Path(scratch), source.config)
+        try:
+            vocabulary = tokenizer_metadata(Path(scratch), source.config)
+        except BadInput as error:  # by the file's own name: the directory is gone when this is read
+            raise BadInput(error.message.replace(f"{scratch}/", ""), error.hint) from error
     names = {name: _origin(source, theirs) for name, (theirs, _) in table.items()}
     refused: dict[str, str] = {}
 

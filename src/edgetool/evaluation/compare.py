@@ -111,7 +111,7 @@ def _scores(found: Mapping[str, Any], path: Path) -> dict[str, TaskScores | Perp
             records[name] = (
                 _perplexity(entry, side, outcome) if name == PERPLEXITY else _task(name, entry, side, outcome)
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise BadInput(f"{path}: {name} is damaged ({type(error).__name__}: {error})") from error
     return records
 
@@ -128,10 +128,10 @@ def _task(name: str, entry: Mapping[str, Any], side: Mapping[str, Any], outcome:
         value=float(side["value"]),
         stderr=side["stderr"],
         samples=samples,
-        metrics=side["metrics"],
+        metrics=dict(side["metrics"]),
         seconds=float(side["seconds"]),
-        generated_tokens=side["generated_tokens"],
-        version=side["version"],
+        generated_tokens=None if side["generated_tokens"] is None else int(side["generated_tokens"]),
+        version=dict(side["version"]),
     )
 
 
@@ -139,8 +139,8 @@ def _perplexity(entry: Mapping[str, Any], side: Mapping[str, Any], outcome: Mapp
     rows = zip(outcome["quantized"], outcome["tokens"], strict=True)
     return PerplexityScores(
         windows=tuple(WindowLoss(math.inf if nll is None else float(nll), int(tokens)) for nll, tokens in rows),
-        words=int(side["words"]),
-        text_bytes=int(side["text_bytes"]),
+        words=_positive(side["words"]),
+        text_bytes=_positive(side["text_bytes"]),
         context=int(entry["context"]),
         stride=int(entry["stride"]),
         prefix=str(entry["prefix"]),
@@ -148,6 +148,12 @@ def _perplexity(entry: Mapping[str, Any], side: Mapping[str, Any], outcome: Mapp
         seconds=float(side["seconds"]),
         unit="characters" if entry["unit"] == "characters" else "tokens",
     )
+
+
+def _positive(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{value} in place of a number of at least 1")
+    return int(value)
 
 
 def _brief(value: Any) -> str:

@@ -95,7 +95,7 @@ def _worked(row: Row) -> Row:
 def _hellaswag(row: Row) -> Row:
     endings = _texts(row.get("endings"), "endings")
     label = row.get("label")
-    if isinstance(label, str) and label.isdecimal():
+    if isinstance(label, str) and label.isdecimal() and len(label) < 10:  # int() refuses thousands of digits
         label = int(label)
     gold = _number(label, "label", len(endings))
     texts = {field: _text(row, field) for field in ("activity_label", "ctx_a", "ctx_b", "ctx")}

@@ -119,7 +119,7 @@ class Client:
             raise BadInput(f"{url}{path} refuses a request ({status}): {_words(response)}")
         try:
             document = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise garbage(self.endpoint, f"no JSON: {_words(response)!r}") from None
         if not isinstance(document, dict):
             raise garbage(self.endpoint, f"a {type(document).__name__} in place of an object")

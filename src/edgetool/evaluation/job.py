@@ -152,7 +152,9 @@ def _compared(config: Config) -> dict[str, Any]:
     assert settings.compare is not None
     found = compare(*settings.compare, settings.gate, settings.seed)
     if settings.output is not None and not settings.dry_run:
-        with OutputDirectory(settings.output, settings.overwrite) as out, disk_errors(out.partial):
+        out = OutputDirectory(settings.output, settings.overwrite)
+        refuse_overlap(out, list(settings.compare))
+        with out, disk_errors(out.partial):
             write_results(out.partial / RESULTS_NAME, found)
             atomic_write(out.partial / REPORT_NAME, report_page(found).encode())
             compared = [str(path) for path in settings.compare]

@@ -86,6 +86,10 @@ def find(file: Path | None, data_dir: Path | None) -> RougeData:
             for name in ("prompt", "reference"):
                 if not isinstance(row.get(name), str) or not row[name].strip():
                     raise WrongLine(line, f"has no text in field {name}")
+                try:
+                    row[name].encode()
+                except UnicodeEncodeError as error:  # JSON can name it, and no tokenizer takes it
+                    raise WrongLine(line, "has half of a surrogate pair, which is no text") from error
             name = str(row.get("id", f"rouge:{len(rows)}"))
             if name in rows:
                 raise WrongLine(line, f"has the id {name!r} a second time")

@@ -7,7 +7,7 @@ classes take care of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,10 @@ class LayerMap:
         """Full names of the layer's quantisable linears, without `.weight`."""
         return [self.layer_prefix(layer) + name for name in LINEARS_PER_LAYER]
 
+    def uncounted(self, tensor_names: Iterable[str]) -> list[int]:
+        """Numbers of the layers that have tensors and that config.json does not count: loaders leave them out."""
+        return sorted(number for number in _numbers(f"{self.prefix}layers.", tensor_names) if number >= self.n_layers)
+
     def quantizable(self) -> list[str]:
         """Tensor names of the weights of all layers' quantisable linears, in order."""
         return [f"{name}.weight" for layer in range(self.n_layers) for name in self.linear_names(layer)]
@@ -94,7 +98,10 @@ class LayerMap:
 def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
     """Find the decoder in a checkpoint. Raises BadInput naming an architecture that is not supported, and why."""
     model_type = str(config.get("model_type", ""))
-    text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config") or {}
+    if not isinstance(inner, dict):
+        raise BadInput(f"config.json: text_config is {inner!r}; must be an object")
+    text = {**config, **inner}
     for key in _EXPERT_KEYS:
         if "moe" in model_type or (isinstance(text.get(key), int) and text[key] > 1):
             raise BadInput(
@@ -119,10 +126,11 @@ def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
             "no lm_head.weight in the checkpoint, and tie_word_embeddings is not set in config.json",
             hint='if the model shares its embedding with its output, set "tie_word_embeddings": true in config.json',
         )
-    try:
-        sizes = {key: int(text[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"config.json: {error} is missing or not a number") from error
+    sizes = {key: _size(text, key) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    promised, numbers = sizes["num_hidden_layers"], _numbers(f"{prefix}layers.", names)
+    absent = next((layer for layer in range(promised) if layer not in numbers), None)
+    if absent is not None:
+        raise BadInput(f"config.json promises {promised} layers, and there is no tensor of {prefix}layers.{absent}")
     return LayerMap(
         model_type,
         prefix,
@@ -132,3 +140,15 @@ def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
         sizes["vocab_size"],
         None if tied else head,
     )
+
+
+def _size(text: Mapping[str, Any], key: str) -> int:
+    value = text.get(key)
+    if type(value) is not int or value < 1:  # `type is`, since True is an int too
+        raise BadInput(f"config.json: {key} is {value!r}; must be a whole number, 1 or more")
+    return value
+
+
+def _numbers(prefix: str, names: Iterable[str]) -> set[int]:
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+    return {int(number) for number in numbers if number.isdecimal()}

@@ -78,10 +78,8 @@ def chat_prompt(tokenizer: Any, question: str) -> Tensor:
     """int64 [1, length]: the question in the model's chat template, or as plain text where it has none that works."""
     ids = None
     if getattr(tokenizer, "chat_template", None):
-        from jinja2 import TemplateError
-
-        # A template is the model's own program, and may insist on things that a plain question does not have.
-        with suppress(TemplateError, TypeError, ValueError):
+        # A template is the model's own program: it may insist on what a plain question does not have, or fail anyhow.
+        with suppress(Exception):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )

@@ -7,7 +7,6 @@ asked for. The same class runs original and quantised checkpoints, so that both 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from edgetool.checkpoints.checkpoint import Checkpoint
-from edgetool.errors import BadInput, EdgetoolError, MissingDependency
+from edgetool.errors import BadInput, MissingDependency
 from edgetool.models.architectures import STAGES, VISION_FAMILIES, LayerMap, map_layers
 
 if TYPE_CHECKING:
     from edgetool.checkpoints.detect import QuantizationFound
+    from edgetool.checkpoints.tensor_file import TensorInfo
 
 VOCAB_CHUNK = 4096
 """Rows of the output matrix held at once."""
@@ -80,13 +80,34 @@ class StreamedModel:
         with torch.device("meta"):
             try:
                 base = AutoModel.from_config(text_config if self.map.model_type in VISION_FAMILIES else config)
-            except (ValueError, KeyError) as error:
-                raise BadInput(f"{self.checkpoint.directory / 'config.json'}: {error}") from error
-        text = getattr(base, "language_model", base)
-        # The rotary tables are computed, not stored, so on the meta device they would be empty.
-        text.rotary_emb = type(text.rotary_emb)(config=text.config).to(self.device)
+                text = getattr(base, "language_model", base)
+                with torch.device("cpu"):  # the rotary tables are computed, not stored: on "meta" they would be empty
+                    text.rotary_emb = type(text.rotary_emb)(config=text.config).to(self.device)
+            except Exception as error:
+                raise _refused_config(self.checkpoint, error) from error
         text.eval().requires_grad_(False)
         return text
+
+    def check(self) -> None:
+        """Hold all tensors of a 16-bit checkpoint's decoder against config.json; hardly anything is read for it.
+
+        Raises BadInput naming the first that is missing, has another shape, or is a bias that config.json knows
+        nothing of: loaders leave those out. Zeros change nothing (AutoGPTQ writes such biases).
+        """
+        decoder, names = self.skeleton, self.map
+        meant = {names.embedding: decoder.embed_tokens.weight, names.final_norm: decoder.norm.weight}
+        if names.lm_head is not None:
+            meant[names.lm_head] = decoder.embed_tokens.weight
+        for index, layer in enumerate(decoder.layers):
+            meant |= {names.layer_prefix(index) + name: parameter for name, parameter in layer.named_parameters()}
+        for name, parameter in meant.items():
+            if name not in self.checkpoint.tensors:
+                raise BadInput(f"{self.checkpoint.directory}: tensor {name} is missing")
+            _agree(name, self.checkpoint.tensors[name], parameter)
+        linears = [name.removesuffix("weight") for name in names.quantizable()]
+        for name in [f"{linear}bias" for linear in linears if f"{linear}bias" not in meant]:
+            if name in self.checkpoint.tensors and bool(self.tensor(name).any()):
+                raise BadInput(f"{name} is stored, and config.json asks for none: loaders would leave it out")
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A stored tensor on the device, converted to `dtype`."""
@@ -196,8 +217,8 @@ class StreamedModel:
             start += rows.shape[0]
 
 
-def _agree(name: str, stored: Tensor, meant: Tensor) -> None:
-    if stored.shape != meant.shape:
+def _agree(name: str, stored: Tensor | TensorInfo, meant: Tensor) -> None:
+    if tuple(stored.shape) != tuple(meant.shape):
         raise BadInput(f"{name} has shape {list(stored.shape)}, config.json asks for {list(meant.shape)}")
 
 
@@ -220,11 +241,21 @@ def load_config(checkpoint: Checkpoint) -> Any:
         raise MissingDependency(f"transformers is not installed ({error})", "pip install 'edgetool[quant]'") from error
     try:
         return AutoConfig.from_pretrained(checkpoint.directory)
-    except EdgetoolError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{checkpoint.directory / 'config.json'}: transformers cannot use it: {reason}") from error
+    except Exception as error:
+        raise _refused_config(checkpoint, error) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What transformers says of a user's file, in one line. It raises anything there, also ZeroDivisionError."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, ArithmeticError | LookupError):  # whose words alone say nothing
+        return f"{type(error).__name__} {error}".strip()
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _refused_config(checkpoint: Checkpoint, error: Exception) -> BadInput:
+    path = checkpoint.directory / "config.json"
+    return BadInput(f"{path}: transformers cannot use it: {reason_of(error)}")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -242,6 +273,5 @@ def tokenizer_at(directory: Path) -> Any:
         raise MissingDependency(f"transformers is not installed ({error})", "pip install 'edgetool[quant]'") from error
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{directory}: the tokenizer cannot be read: {reason}") from error
+    except Exception as error:
+        raise BadInput(f"{directory}: the tokenizer cannot be read: {reason_of(error)}") from error

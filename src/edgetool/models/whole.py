@@ -11,7 +11,7 @@ from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.detect import detect, read_linear
 from edgetool.errors import BadInput, EdgetoolError
 from edgetool.models.architectures import VISION_FAMILIES
-from edgetool.models.streamed import as_torch, load_config
+from edgetool.models.streamed import as_torch, load_config, reason_of
 
 if TYPE_CHECKING:
     from edgetool.progress import Progress
@@ -64,8 +64,8 @@ def _on_meta(checkpoint: Checkpoint, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_config(config)
-    except (ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
+        reason = reason_of(error)
         raise BadInput(f"{checkpoint.directory}: transformers has no language model for it: {reason}") from error
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from edgetool.errors import BadInput, MissingDependency, ResourceUnavailable
 
+_ENCODING = "utf-8-sig"
+"""UTF-8, with or without the mark in front that Excel and PowerShell write."""
 _TEXT_COLUMNS = ("text", "content", "prompt", "question", "instruction")
 
 
@@ -45,7 +47,10 @@ def calibration_from(
             continue
         if ids and separator is not None:
             ids.append(int(separator))
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        try:
+            ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except TypeError as error:  # half of a surrogate pair: JSON can name it, UTF-8 cannot hold it
+            raise BadInput(f"calibration text {source}: {text[:40]!r}... holds no valid Unicode") from error
         if len(ids) >= enough:
             break
     tokens = torch.tensor(ids, dtype=torch.int64)
@@ -128,17 +133,17 @@ def _file_texts(path: Path, column: str | None) -> Iterator[str]:
     kind = path.suffix.lower()
     try:
         if kind == ".txt":
-            yield from path.read_text(encoding="utf-8").split("\n\n\n")
+            yield from path.read_text(encoding=_ENCODING).split("\n\n\n")
         elif kind == ".jsonl":
             yield from _records(_json_lines(path), column, path)
         elif kind == ".json":
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = _json(path.read_text(encoding=_ENCODING), f"calibration file {path}")
             if not isinstance(document, list):
                 raise BadInput(f"calibration file {path}: must hold a list of texts or of objects")
             yield from _records(((number, item) for number, item in enumerate(document, 1)), column, path)
         elif kind == ".csv":
             csv.field_size_limit(1 << 30)  # the module's own limit is shorter than many a document
-            with path.open(encoding="utf-8", newline="") as stream:
+            with path.open(encoding=_ENCODING, newline="") as stream:
                 yield from _records(enumerate(csv.DictReader(stream), 1), column, path)
         elif kind == ".parquet":
             yield from _records(_parquet_rows(path, column), column, path)
@@ -148,21 +153,23 @@ def _file_texts(path: Path, column: str | None) -> Iterator[str]:
             )
     except UnicodeDecodeError as error:
         raise BadInput(f"calibration file {path} is not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise BadInput(f"calibration file {path}: not JSON: {error}") from error
     except csv.Error as error:
         raise BadInput(f"calibration file {path}: not CSV: {error}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding=_ENCODING) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"calibration file {path}, line {number}: not JSON: {error.msg}") from error
+            yield number, _json(line, f"calibration file {path}, line {number}")
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{place}: not JSON: {error}") from error
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
@@ -197,6 +204,7 @@ def _records(items: Iterator[tuple[int, Any]], column: str | None, path: Path | 
         if name is None and isinstance(item.get("messages"), list):
             yield "\n".join(str(turn.get("content") or "") for turn in item["messages"] if isinstance(turn, dict))
             continue
+        name = name or next((key for key in _TEXT_COLUMNS if key in item), None)
         if name is None or name not in item:
             raise _no_column(path, column, list(item))
         if not isinstance(item[name], str):

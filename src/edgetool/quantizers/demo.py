@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetool.artifacts import MANIFEST_NAME
 from edgetool.checkpoints.checkpoint import Checkpoint
 from edgetool.checkpoints.sources import resolve_configured
 from edgetool.config import CommonConfig, DemoConfig, QuantizeConfig
+from edgetool.errors import BadInput
 from edgetool.progress import Progress
 from edgetool.quantizers.job import run_quantize
 
@@ -40,7 +44,11 @@ def held_out_perplexity(model: StreamedModel, tokenizer: Any, name: str, progres
 
 
 def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> dict[str, Any]:
-    """Quantise the demo model to 4 bits in groups of 64, and compare size, perplexity and an answer."""
+    """Quantise the demo model to 4 bits in groups of 64, and compare size, perplexity and an answer.
+
+    An earlier demo at the output's place is replaced. Raises BadInput for anything else that is there.
+    """
+    _refuse_other_work(config.output)
     quantized = run_quantize(
         QuantizeConfig(
             model="demo",
@@ -68,6 +76,18 @@ def run_demo(config: DemoConfig, common: CommonConfig, progress: Progress) -> di
         "quantize_seconds": quantized["seconds"],
         "peak_rss_bytes": quantized["peak_rss_bytes"],
     }
+
+
+def _refuse_other_work(output: Path) -> None:
+    manifest = output / MANIFEST_NAME
+    if not manifest.is_file():
+        return  # what edgetool did not write is refused where the output is opened
+    try:
+        model = json.loads(manifest.read_bytes())["result"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model = None
+    if model != "demo":
+        raise BadInput(f"output {output} exists already, and holds no demo", "choose another --output")
 
 
 def _measure(checkpoint: Checkpoint, name: str, threads: int | None, progress: Progress) -> dict[str, Any]:

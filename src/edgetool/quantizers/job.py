@@ -190,6 +190,11 @@ class _Run:
             for report in reports
             if prepared.recipe.method == "gptq" and report["method"] == "rtn"
         ]
+        if uncounted := model.map.uncounted(self.checkpoint.tensors):
+            warnings.append(
+                f"config.json counts {model.map.n_layers} layers: the tensors of layer {uncounted[0]} and "
+                f"{len(uncounted) - 1} more were copied as they are"
+            )
         if smoke["degenerate"]:
             warnings.append(f"original and quantised model both generate no language: {smoke['degenerate']}")
         worst = sorted(reports, key=lambda report: -report["relative_error"])[:_WORST_SHOWN]

@@ -25,7 +25,7 @@ def model_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     for section in (config, text or {}):
         for key in ("dtype", "torch_dtype"):
-            if section.get(key) in _CONFIG_NAMES:
+            if str(section.get(key)) in _CONFIG_NAMES:
                 return _CONFIG_NAMES[section[key]]
     sizes = {"F16": 0, "BF16": 0}
     for info in tensors.values():

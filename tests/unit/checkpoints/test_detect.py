@@ -139,6 +139,13 @@ def test_a_config_that_says_something_else_is_reported(change, said):
     assert any(said in note for note in memory.detect().disagreements)
 
 
+@pytest.mark.parametrize("weights", [5, 2.5, ["num_bits"], "num_bits", None])
+def test_a_config_whose_groups_say_nothing_is_no_finding(weights):
+    memory, _ = checkpoint("compressed-tensors", Spec(4, 32, True))
+    memory.config["quantization_config"]["config_groups"] = {"group_0": {"weights": weights}}
+    assert memory.detect().bits == 4
+
+
 def test_a_missing_config_is_reported_and_one_in_the_text_part_is_found():
     memory, _ = checkpoint("awq", Spec(4, 32, False), {})
     assert memory.detect().disagreements == ("config.json has no quantization_config, the tensors are quantised",)
@@ -202,6 +209,23 @@ def test_shapes_of_no_known_layout_are_refused_by_name(name, suffix, cut):
     full = f"model.layers.2.k_proj.{suffix}"
     memory.put(full, np.ascontiguousarray(memory.read(full)[cut]))
     with pytest.raises(BadInput, match=r"model.layers.2.k_proj"):
+        memory.detect()
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "change", "said"),
+    [
+        ("gptq", "g_idx", lambda a: a.astype(np.float32), "g_idx is stored as F32, not as whole numbers"),
+        ("compressed-tensors", "weight_shape", lambda a: a.astype(np.float32), "must be two whole numbers"),
+        ("compressed-tensors", "weight_shape", lambda a: np.append(a, 1), "must be two whole numbers"),
+        ("compressed-tensors", "weight_shape", lambda a: a[:, None], "must be two whole numbers"),
+    ],
+)
+def test_positions_and_sizes_that_are_no_whole_numbers_are_refused_by_name(name, suffix, change, said):
+    memory, _ = checkpoint(name, Spec(4, 32, False))
+    full = f"model.layers.2.k_proj.{suffix}"
+    memory.put(full, change(memory.read(full)))
+    with pytest.raises(BadInput, match=said):
         memory.detect()
 
 

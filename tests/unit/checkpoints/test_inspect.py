@@ -183,6 +183,19 @@ def _tokenizer_with(token_id: int) -> Callable[[Path], None]:
 PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "too few layers": (lambda m: _change_config(m, num_hidden_layers=3), "promises 3 layers; layers 2 have no tensors"),
     "too many layers": (lambda m: _change_config(m, num_hidden_layers=1), "there are tensors of layers 1"),
+    "layers without number": (
+        lambda m: _change_config(m, num_hidden_layers=10**12),
+        "layers 2, 3, 4, 5, 6 and 999999999993 more have no tensors",
+    ),
+    "a layer count that is none": (
+        lambda m: _change_config(m, num_hidden_layers="two"),
+        "num_hidden_layers is 'two'; must be a whole number, 1 or more",
+    ),
+    "heads that are no number": (
+        lambda m: _change_config(m, num_attention_heads="x"),
+        "num_attention_heads is 'x'; must be a whole number",
+    ),
+    "a list of model types": (lambda m: _change_config(m, model_type=["llama"]), "no model_type"),
     "no layer count": (lambda m: _change_config(m, num_hidden_layers=None), "no num_hidden_layers"),
     "no model type": (lambda m: _change_config(m, model_type=None), "no model_type"),
     "a linear missing": (

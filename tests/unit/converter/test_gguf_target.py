@@ -278,6 +278,7 @@ def _change(directory: Path, **config: Any) -> None:
         ({"model_type": "gemma3"}, "model_type 'gemma3'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
         ({"num_hidden_layers": 3}, r"'model\.layers\.2\.\S+' is missing"),
+        ({"num_hidden_layers": 10**12}, "tensors are too few for 1000000000000 layers"),
         ({"num_hidden_layers": 1}, r"'model\.layers\.1\.\S+' \(and 8 others\) has no place"),
         ({"vocab_size": 100}, "number 435, the embeddings have 100 rows"),
     ],
@@ -295,6 +296,13 @@ def test_untied_embeddings_without_an_output_matrix_are_refused(tmp_path: Path) 
     model = make_tiny_model(tmp_path / "model", "llama", tied=True)
     _change(model, tie_word_embeddings=False)
     with pytest.raises(BadInput, match=r"'lm_head\.weight' is missing"):
+        plan_gguf(CheckpointSource.open(model))
+
+
+def test_a_damaged_tokenizer_is_named_without_the_directory_it_was_copied_to(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", "llama", layers=1)
+    (model / "tokenizer.json").write_text("[]")
+    with pytest.raises(BadInput, match=r"^tokenizer\.json: must hold a JSON object"):
         plan_gguf(CheckpointSource.open(model))
 
 

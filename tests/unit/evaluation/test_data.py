@@ -113,6 +113,7 @@ Change = Callable[[dict[str, Any]], object]
         ("gsm8k_cot", "test", lambda row: row.update(answer="she has none ####"), "without a number behind ####"),
         ("hellaswag", "validation", lambda row: row.update(label="4"), "field 'label' is 4, a number from 0 to 3"),
         ("hellaswag", "validation", lambda row: row.update(label=""), "field 'label' is '', a number from 0 to 3"),
+        ("hellaswag", "validation", lambda row: row.update(label="1" * 5000), "field 'label' is '111"),
         ("hellaswag", "validation", lambda row: row.pop("endings"), "field 'endings' is None, a list of texts"),
         ("boolq", "validation", lambda row: row.update(answer="yes"), "field 'answer' is 'yes', true or false"),
         ("boolq", "validation", lambda row: row.update(label=True), "field 'label' is True, a number from 0 to 1"),

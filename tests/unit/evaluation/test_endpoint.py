@@ -125,7 +125,7 @@ def test_generation_stops_where_it_is_told(server: Any, model: Path, by: str) ->
     assert found == [whole, whole.split(stop)[0]]
 
 
-@pytest.mark.parametrize("garbage", ["html", "null", "no_logprobs", "no_echo", "nan", "no_choices"])
+@pytest.mark.parametrize("garbage", ["html", "deep", "null", "no_logprobs", "no_echo", "nan", "no_choices"])
 @pytest.mark.parametrize("by", ["tokens", "text"])
 def test_garbage_is_one_clear_error(model: Path, garbage: str, by: str) -> None:
     with Running(ScoringServer(model, garbage=garbage)) as running:

@@ -83,6 +83,8 @@ def test_rows_are_read_with_their_ids(tmp_path: Path) -> None:
         ("", "is empty"),
         ("{}\n", "line 1 has no text in field prompt"),
         ('{"prompt": "a", "reference": " "}\n', "line 1 has no text in field reference"),
+        ('{"prompt": "a \\ud83d", "reference": "b"}\n', "line 1 has half of a surrogate pair"),
+        ('{"prompt": "a", "reference": "b \\ud83d"}\n', "line 1 has half of a surrogate pair"),
         ('{"prompt": "a", "reference": "b"}\n{"prompt": 1', "line 2 is not JSON"),
         ('{"prompt": "a", "reference": "b", "id": 1}\n' * 2, "line 2 has the id '1' a second time"),
     ],

@@ -77,3 +77,6 @@ def test_the_prompt_is_in_the_models_chat_template_or_plain_where_it_has_none(tm
     assert tokenizer.decode(prompt[0]) == "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
     tokenizer.chat_template = None
     assert tokenizer.decode(chat_prompt(tokenizer, "How?")[0]) == "How?"
+    for broken in ("{{ 1 / 0 }}", "{% for", "{{ raise_exception('no system message') }}", "{{ messages[5]['role'] }}"):
+        tokenizer.chat_template = broken
+        assert tokenizer.decode(chat_prompt(tokenizer, "How?")[0]) == "How?"

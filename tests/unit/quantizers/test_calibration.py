@@ -51,6 +51,23 @@ def test_every_kind_of_file_gives_its_texts_in_order(kind, tmp_path):
     assert texts(as_file(tmp_path, kind)) == TEXTS
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv"])
+def test_the_mark_that_windows_programs_write_in_front_is_no_text(kind, tmp_path):
+    path = as_file(tmp_path, kind)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert texts(path) == TEXTS
+    path = tmp_path / "first.csv"
+    path.write_text("\ufefftext\nthe first column\n", encoding="utf-8")
+    assert texts(path) == ["the first column"]
+
+
+def test_half_a_surrogate_pair_is_refused_as_text(tmp_path, tokenizer):
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"text": "a\\ud800"}\n')
+    with pytest.raises(BadInput, match=r"half\.jsonl.* holds no valid Unicode"):
+        calibration_from(iter(texts(path)), tokenizer, source=str(path), samples=1, seqlen=1, seed=0)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_a_column_of_any_name_can_be_asked_for(kind, tmp_path):
     path = as_file(tmp_path, kind, "body")
@@ -103,8 +120,11 @@ def test_a_csv_field_may_be_as_long_as_a_book(tmp_path):
         ("x.json", b'{"text": "a"}', "must hold a list"),
         ("x.jsonl", b"[1]\n", "record 1: neither a text nor an object"),
         ("x.jsonl", b'{"text": "a"}\n7\n', "record 2: neither a text nor an object"),
-        ("x.jsonl", b'{"text": "a"}\n{"text": 7}\n', "it has 'text'|holds no text"),
-        ("x.csv", b"id,text\n1\n", "holds no text|none of the usual"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": 7}\n', "record 2: column 'text' holds no text"),
+        ("x.csv", b"id,text\n1\n", "record 1: column 'text' holds no text"),
+        ("x.json", b"[" * 200_000, r"x\.json: not JSON: maximum recursion"),
+        ("x.jsonl", b'"a"\n' + b"[" * 200_000, r"x\.jsonl, line 2: not JSON: maximum recursion"),
+        ("x.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n", r"x\.jsonl, line 1: not JSON: Exceeds the limit"),
         ("x.parquet", b"PAR1 but not really", r"x\.parquet: not parquet"),
         ("x.md", b"text", r"\.md ending; must be \.txt, \.jsonl, \.json, \.csv or \.parquet"),
         ("x", b"text", "no ending"),

@@ -23,6 +23,7 @@ def info(dtype, nbytes):
         ({}, {"F16": 60, "BF16": 70}, "BF16"),
         ({}, {"F16": 70, "BF16": 60}, "F16"),
         ({"text_config": None}, {}, "F16"),
+        ({"dtype": {}, "torch_dtype": ["bfloat16"]}, {"F16": 1}, "F16"),
     ],
 )
 def test_the_dtype_is_what_config_json_says_or_most_weights_have(config, dtypes, expected):
