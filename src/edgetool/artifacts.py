@@ -27,7 +27,7 @@ MANIFEST_NAME = "edgetool.json"
 _HASH_CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _TOO_LARGE = {errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 def sha256_file(path: Path) -> str:
@@ -131,11 +131,9 @@ class OutputDirectory:
                 cannot be written.
             ResourceUnavailable: the unfinished one in the way is another process's, which is still running.
         """
-        with disk_errors(self.output):  # a name may be too long to be asked for
-            there, unfinished = self.output.is_symlink() or self.output.exists(), self.partial.exists()
-        if there:
+        if self.output.is_symlink() or self.output.exists():
             self._check_replaceable()
-        if unfinished and not (self.resume or self.overwrite):
+        if self.partial.exists() and not (self.resume or self.overwrite):
             self._refuse_beside_another_run()
             raise BadInput(
                 f"an unfinished run is in the way: {self.partial}",

@@ -60,6 +60,7 @@ def test_the_mark_that_editors_put_before_a_text_is_none_of_it(
     "arguments",
     [
         ("inspect", "x" * 300),
+        ("convert", str(Path(__file__)), "-o", "x" * 250, "--to", "awq"),  # and .partial behind it
         ("compile-vcu128", "x" * 300, "-o", "out"),
         ("convert", "x" * 300, "-o", "out", "--to", "awq"),
         ("eval", "x" * 300, "-o", "out", "--tasks", "arc_easy"),

@@ -84,12 +84,6 @@ def test_overwrite_spares_the_working_directory(tmp_path: Path, monkeypatch: pyt
         OutputDirectory(Path(), overwrite=True).check()
 
 
-@pytest.mark.parametrize("length", [256, 250])
-def test_a_name_that_the_file_system_does_not_take_is_refused(tmp_path: Path, length: int) -> None:
-    with pytest.raises(BadInput, match="too long"):  # of 250, with .partial behind it
-        OutputDirectory(tmp_path / ("x" * length)).check()
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_or_a_link_in_the_place_is_refused(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "file").write_text("x")
