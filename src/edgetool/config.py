@@ -167,6 +167,7 @@ def load(
     *,
     complete: bool = True,
     origin: str = COMMAND_LINE,
+    typed: str = "",
 ) -> Config:
     """Merge and check the configuration of one command.
 
@@ -178,6 +179,7 @@ def load(
         environ: environment to read (`os.environ` when None).
         complete: refuse when a required key is missing (False for `--show-config`).
         origin: where `cli_values` come from, in words.
+        typed: the command as it is typed, `edgetool gpus run`, where the section has several.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key (the nearest is named), or a value that cannot be used.
@@ -187,7 +189,8 @@ def load(
     known = keys()
     from_file = read_config_file(config_file, known) if config_file else {}
     settings = gather(command, cli_values, environ, from_file, str(config_file), known, origin)
-    sections = {name: _checked(name, section, settings) for name, section in SECTIONS.items()}
+    helps = {command: typed} if typed else {}
+    sections = {name: _checked(name, section, settings, helps) for name, section in SECTIONS.items()}
     config = Config.model_construct(None, **sections, origins=settings.origins)
     wanted = SECTIONS[command].required if command in SECTIONS else {}
     for key, spelling in wanted.items():
@@ -196,7 +199,7 @@ def load(
     return config
 
 
-def _checked(name: str, section: type[Section], settings: Settings) -> Section:
+def _checked(name: str, section: type[Section], settings: Settings, helps: Mapping[str, str]) -> Section:
     values = settings.values.get(name)
     if not values:
         # the same as validating nothing, and saves building the validators of sections that nobody uses
@@ -205,10 +208,12 @@ def _checked(name: str, section: type[Section], settings: Settings) -> Section:
         return section.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise _config_error(name, section, str(first["loc"][0]), settings) from None
+        raise _config_error(name, section, str(first["loc"][0]), settings, helps) from None
 
 
-def _config_error(name: str, section: type[Section], key: str, settings: Settings) -> ConfigError:
+def _config_error(
+    name: str, section: type[Section], key: str, settings: Settings, helps: Mapping[str, str]
+) -> ConfigError:
     field_name, field = next((n, f) for n, f in section.model_fields.items() if key in (n, f.alias))
     secret = "Secret" in str(field.annotation)
     value = "(hidden)" if secret else repr(settings.values[name][key])
@@ -217,5 +222,5 @@ def _config_error(name: str, section: type[Section], key: str, settings: Setting
     given = spelling if origin == COMMAND_LINE else origin
     return ConfigError(
         f"{key} {value} (given by {given}) cannot be used: must be {must_of(field)}",
-        f"edgetool {name.replace('_', '-')} --help" if name != "common" else "see docs/config.md",
+        f"{helps.get(name, 'edgetool ' + name.replace('_', '-'))} --help" if name != "common" else "see docs/config.md",
     )

@@ -73,7 +73,8 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
-    settings = config.load(command, values, given.get("config"), complete=not show)
+    typed = f"edgetool {section} {ctx.info_name}" if section and section != ctx.info_name else ""
+    settings = config.load(command, values, given.get("config"), complete=not show, typed=typed)
     messages.use(choice.resolved(settings.common.lang, os.environ))
     output.json = settings.common.json_output
     output.progress_mode = settings.common.progress
