@@ -65,7 +65,7 @@ def base_url(given: str) -> str:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
         raise ConfigError(f"{given!r} is not an address: {error}", "for instance http://127.0.0.1:8000") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 1 << 16:
         raise ConfigError(f"{given!r} is not an address of a server", "for instance http://127.0.0.1:8000")
     return str(url.copy_with(query=None, fragment=None)).rstrip("/").removesuffix("/v1").rstrip("/")
 

@@ -223,7 +223,7 @@ def test_an_address_may_be_given_with_and_without_v1(given, meant):
     assert base_url(given) == meant
 
 
-@pytest.mark.parametrize("given", ["ftp://h", "http://", "http://h:port"])
+@pytest.mark.parametrize("given", ["ftp://h", "http://", "http://h:port", "h:99999"])
 def test_what_is_no_address_is_refused(given):
     with pytest.raises(ConfigError, match="not an address"):
         base_url(given)
