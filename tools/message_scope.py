@@ -39,6 +39,7 @@ NOT_SHOWN_MODULES = {
     "serving/front.py": API,
     "serving/openai_api.py": API,
     "serving/proxy.py": API,
+    "serving/strict_json.py": API,
     "serving/transformers_engine.py": API,
 }
 NOT_SHOWN_CALLEES = re.compile(

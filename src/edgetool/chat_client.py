@@ -15,12 +15,13 @@ import httpx
 
 from edgetool.config import ChatConfig
 from edgetool.errors import BackendFailed, BadInput, ConfigError, EdgetoolError, ResourceUnavailable
-from edgetool.loadtest.client import base_url, find_model, open_client
+from edgetool.loadtest.client import DONE, base_url, event_data, failure_of, find_model, open_client
 from edgetool.messages import translated
 from edgetool.progress import Progress
 
 HELP = "/new begins again, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 _CONNECT_LIMIT_S = 10.0
+_THERE = "is the server still there?"
 
 Messages = list[dict[str, str]]
 Say = Callable[[str], None]
@@ -118,23 +119,29 @@ class _HttpTalker:
                 if response.status_code != 200:
                     response.read()
                     raise _refused(response)
+                whole = False
                 for line in response.iter_lines():
-                    if line.startswith("data:") and line != "data: [DONE]":
-                        yield from _read(json.loads(line[5:]), speed)
+                    data = event_data(line)
+                    if data == DONE:
+                        whole = True
+                    elif data is not None:
+                        yield from _read(json.loads(data), speed)
+                if not whole and speed.finish_reason is None:
+                    raise ResourceUnavailable(f"{self._client.base_url} broke off: the answer has no end", _THERE)
         except httpx.HTTPError as error:
             what = f"{self._client.base_url} broke off: {type(error).__name__} {error}".rstrip()
-            raise ResourceUnavailable(what, "is the server still there?") from error
+            raise ResourceUnavailable(what, _THERE) from error
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise BackendFailed(f"{self._client.base_url} does not answer in OpenAI's form: {error!r}") from error
 
 
 def _read(event: dict[str, Any], speed: Speed) -> Iterator[str]:
     if "error" in event:
-        raise BackendFailed(f"the server failed in the middle of the answer: {event['error'].get('message')}")
+        raise BackendFailed(f"the server failed in the middle of the answer: {failure_of(event)}")
     usage = event.get("usage")
     if usage:
         speed.prompt_tokens, speed.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    for choice in event["choices"]:
+    for choice in event.get("choices") or ():
         speed.finish_reason = choice.get("finish_reason") or speed.finish_reason
         text = choice["delta"].get("content")
         if text:

@@ -194,7 +194,8 @@ def load(
     wanted = SECTIONS[command].required if command in SECTIONS else {}
     for key, spelling in wanted.items():
         if complete and f"{command}.{key}" not in settings.origins:
-            raise UsageError(f"{command} needs {spelling}", f"edgetool {command.replace('_', '-')} --help")
+            name = command.replace("_", "-")
+            raise UsageError(f"{name} needs {spelling}", f"edgetool {name} --help")
     return config
 
 

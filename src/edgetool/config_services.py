@@ -95,8 +95,8 @@ class GpusConfig(Section):
         2.0, "time between two looks with --watch", "at least 0.1 s, such as 2 or 1m", option="--interval"
     )
     gpu_class: str | None = setting(None, "class of the GPUs, such as 4090 or H100", "a class", option="--class")
-    min_free_bytes: Size | None = setting(
-        None, "memory to reserve on each GPU", "a size such as 22GiB", option="--min-free"
+    min_free_bytes: Annotated[Size, Field(ge=1 << 20)] | None = setting(
+        None, "memory to reserve on each GPU", "a size of at least 1MiB, such as 22GiB", option="--min-free"
     )
     exclusive: bool = setting(
         lambda so_far: so_far.get("min_free_bytes") is None,

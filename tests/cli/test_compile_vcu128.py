@@ -198,6 +198,8 @@ def test_a_first_try_that_is_wrong_is_told_what_is_right(
         (["--push", "IMAGE"], "--push needs --device"),
         (["--diff", "IMAGE", "IMAGE", "--push", "IMAGE"], "two commands"),
         (["--verify", "MODEL"], "needs the IMAGE"),
+        (["--verify-run", "MODEL"], "needs the IMAGE"),
+        (["--extract", "lm_head"], "needs the IMAGE"),
     ],
 )
 def test_what_is_missing_is_named(compile: Compile, model: Made, image: Path, arguments: list[str], words: str) -> None:
@@ -205,6 +207,8 @@ def test_what_is_missing_is_named(compile: Compile, model: Made, image: Path, ar
     result = compile(*[places.get(one, one) for one in arguments], "--json")
     found = document(result, 2)
     assert words in found["message"] and found["hint"]
+    if words == "needs the IMAGE":
+        assert f" {arguments[0]} " in found["hint"]
 
 
 def test_output_and_model_may_not_lie_in_one_another(compile: Compile, model: Made) -> None:
@@ -281,7 +285,8 @@ def test_a_manifest_that_claims_another_encoding_is_found(compile: Compile, imag
 def test_verify_compares_with_the_checkpoint(compile: Compile, model: Made, image: Path) -> None:
     for spelling in ([image, "--verify", model.path], ["--inspect", image, "--verify", model.path]):
         found = document(compile(*spelling, "--json"))
-        assert found["tensors_equal"] == found["tensors_compared"] == 15 + 5 + 1
+        # the checkpoint has no biases: those of the image are compared with 0
+        assert found["tensors_equal"] == found["tensors_compared"] == 15 + 5 + 15 + 1
 
 
 def test_verify_run_compares_with_float32_and_traces(

@@ -230,6 +230,12 @@ def test_a_full_disk_is_said_in_a_sentence_and_not_filled_for_long(machine: Mach
     assert done.stderr.endswith("left: 0\n")
 
 
+def test_a_directory_of_wheels_that_is_not_there_is_refused_before_anything_is_made(machine: Machine) -> None:
+    code, document, _ = machine.install("--find-links", "/no/such/wheels")
+    assert (code, document["message"]) == (3, "--find-links /no/such/wheels: there is no such directory")
+    assert not machine.place.exists()
+
+
 def test_python_is_chosen_and_refused(machine: Machine) -> None:
     code, document, _ = machine.install("--python", "/bin/true")
     assert (code, document["type"]) == (3, "ConfigError")

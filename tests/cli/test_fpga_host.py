@@ -36,7 +36,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "code", "words"),
         [
-            ([], 2, "needs --image"),
+            ([], 2, "fpga-host needs --image"),
             (["--image", "{image}", "--protocol", "C"], 3, "must be A, B or both"),
             (["--image", "{image}", "--protocol", "both", "--port", "9123", "--port-b", "9123"], 3, "9123"),
             (["--image", "{image}/nowhere"], 4, "no such directory"),

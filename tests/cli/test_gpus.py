@@ -333,12 +333,14 @@ def test_edgetool_within_a_run_uses_its_lease(gpus: Shell) -> None:
         (("run", "--count", "many", "--", "true"), 3, "count 'many'"),
         (("run", "--count", "-1", "--", "true"), 3, "count"),
         (("run", "--min-free", "lots", "--", "true"), 3, "min_free_bytes 'lots' (given by --min-free)"),
+        (("run", "--min-free", "22", "--", "true"), 3, "at least 1MiB, such as 22GiB"),  # bytes: GiB were meant
         (("run", "--wait", "soon", "--", "true"), 3, "such as 90, 10m or 2h"),
         (("run", "--port", "70000", "--", "true"), 3, "65535"),
         (("run", "--port", "8000", "--ports", "2", "--", "true"), 3, "exclude each other"),
         (("run", "--count", "0", "--class", "4090", "--", "true"), 3, "asks for no GPU"),
         (("run", "--board", "../x", "--", "true"), 3, "board"),
         (("run", "--count", "0", "--", "no-such-program"), 4, "no such program"),
+        (("run", "--count", "0", "--", ""), 4, "no such program"),
         (("rnu",), 2, "No such command"),
         (("--watch", "--json"), 3, "--watch shows tables"),
         (("--interval", "0"), 3, "at least 0.1 s"),
@@ -349,6 +351,14 @@ def test_mistakes_are_told_in_one_sentence(gpus: Shell, arguments: tuple[str, ..
     assert result.returncode == code
     assert why in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("typed", [("run", "--count", "many", "--", "true"), ("reap", "--grace", "soon")])
+def test_the_hint_names_the_help_that_knows_the_option(gpus: Shell, typed: tuple[str, ...]) -> None:
+    hint = gpus(*typed).stderr.partition("hint: ")[2].split()
+    assert hint[0] == "edgetool"
+    helped = subprocess.run([*EDGETOOL, *hint[1:]], env=gpus.env, capture_output=True, text=True, timeout=120)
+    assert typed[1] in helped.stdout
 
 
 def test_a_recording_that_is_broken_or_missing_is_a_configuration_error(gpus: Shell) -> None:

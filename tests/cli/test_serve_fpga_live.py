@@ -186,6 +186,21 @@ def test_a_signal_ends_it_and_leaves_nothing(image: Path, tmp_path: Path, number
         assert leases(served) == []
 
 
+def test_an_answer_under_way_at_the_end_is_an_error_for_its_client_and_nothing_for_the_terminal(
+    image: Path, tmp_path: Path
+) -> None:
+    with served_at(tmp_path, "--image", str(image)) as served:
+        asked = {**QUESTION, "max_tokens": 480}
+        stream = client_of(served).chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        served.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError) as failed:
+            list(stream)
+        assert failed.value.code == "host_unavailable" and "gateway is ending" in failed.value.message
+        assert served.wait() == 143 and served.left() == []
+        assert "Traceback" not in served.said() and "ERROR" not in served.said()
+
+
 def test_a_drained_server_ends_its_answers_first(image: Path, tmp_path: Path) -> None:
     with served_at(tmp_path, "--image", str(image), "--drain", "60") as served:
         stream = client_of(served).chat.completions.create(

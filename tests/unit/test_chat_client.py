@@ -48,6 +48,35 @@ def test_a_key_that_is_refused_and_a_server_that_fails_are_said() -> None:
         once(running.url, max_tokens=5)
 
 
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        (b'data:{"choices":[{"delta":{"content":"ok"}}]}\n\ndata:[DONE]\n\n', "ok"),  # the space is optional
+        (b'data: {"choices":[{"delta":{"content":"ok"},"finish_reason":"stop"}]}\n\n', "ok"),
+        (b': ping\r\n\r\ndata: {"choices":[{"delta":{"content":"ok"}}]}\r\n\r\ndata: [DONE]\r\n\r\n', "ok"),
+        (b'data: {"choices":null,"usage":null}\n\ndata: [DONE]\n\n', ""),
+        (b'data: {"choices":[{"delta":{"content":"half"}}]}\n\n', "the answer has no end"),
+        (b"", "the answer has no end"),
+        (b'data: {"error":"boom"}\n\n', "in the middle of the answer: boom"),
+        (b'data: {"error":{"message":"boom"}}\n\n', "in the middle of the answer: boom"),
+        (b"data: 5\n\n", "does not answer in OpenAI's form"),
+    ],
+)
+def test_streams_are_read_as_servers_write_them_and_one_without_an_end_is_no_answer(events: bytes, said: str) -> None:
+    class Says(Stranger):
+        async def _complete(self, path: str, body: dict[str, Any], receive: Any, send: Any) -> None:
+            headers = [(b"content-type", b"text/event-stream"), (b"content-length", str(len(events)).encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": events})
+
+    with Running(Says()) as running:
+        if said in ("ok", ""):
+            assert once(running.url)[0]["answer"] == said
+        else:
+            with pytest.raises(EdgetoolError, match=said):
+                once(running.url)
+
+
 class Scripted:
     """Answers from a script; None is Ctrl-C, an error is raised."""
 

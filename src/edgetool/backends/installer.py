@@ -49,7 +49,7 @@ def install(recipe: Recipe, settings: EnvsConfig, *, offline: bool, progress: Pr
     """Make the environment, unless it is there and made from the same list; returns what there is to show.
 
     Raises:
-        ConfigError: it is an interpreter of the user's own, or `--python` cannot be used.
+        ConfigError: it is an interpreter of the user's own, or `--python` or `--find-links` cannot be used.
         MissingDependency: no fitting Python, or not the machine that the list is for.
         ResourceUnavailable: disk full, no network, or another process installs or uses it.
         BackendFailed: pip failed otherwise.
@@ -58,6 +58,11 @@ def install(recipe: Recipe, settings: EnvsConfig, *, offline: bool, progress: Pr
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         raise MissingDependency(
             f"{recipe.name} needs Linux on x86_64, and this is {sys.platform} on {platform.machine()}"
+        )
+    wheels = settings.find_links
+    if wheels is not None and not wheels.exists():  # pip would look elsewhere, and speak of versions
+        raise ConfigError(
+            f"--find-links {wheels}: there is no such directory", "give the directory that has the wheels"
         )
     place = place_of(recipe, settings)
     with place_errors(place.parent):

@@ -154,6 +154,8 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _hint(directory: Path) -> str | None:
     """What to do about a directory without usable weights, judged by what lies in it."""
+    if (directory / "hbm").is_dir() and (directory / "manifest.json").is_file():
+        return "it is a compiled image: edgetool serve-fpga --image serves it; others want what it was compiled from"
     suffixes = {path.suffix for path in directory.iterdir()}
     if suffixes & _PICKLE_SUFFIXES:
         return (

@@ -13,6 +13,8 @@ from edgetool.fpga.hardware import VCU128, align_up
 from edgetool.fpga.image_format import FORMAT, VERSION, layout_of
 from edgetool.fpga.layout import ENCODINGS
 
+_CONSTANT_ROLES = ("norm", "bias", "order", "table")
+
 
 def check_version(where: str, manifest: Mapping[str, Any]) -> None:
     if manifest.get("format") != FORMAT:
@@ -47,8 +49,22 @@ def check_manifest(where: str, manifest: Mapping[str, Any]) -> None:
     for space, name in (("ddr", "DDR"), ("host", "host")):
         if sum(one["space"] == space for one in segments) != 1:
             raise BadInput(f"{where}: there must be exactly one {name} segment")
+    _check_model(f"{where}: model", manifest["model"])
+    digest, profile = manifest["program"]["sha256"], manifest["profile"]
+    if not isinstance(digest, str) or not isinstance(profile, str):
+        raise BadInput(f"{where}: profile is {profile!r}, and the program's sha256 {digest!r}")
+    if not isinstance(manifest["tokenizer"], dict):
+        raise BadInput(f"{where}: tokenizer must be a table of files and their sha256")
     _check_tensors(where, manifest)
     _check_constants(where, manifest)
+
+
+def _check_model(label: str, model: Mapping[str, Any]) -> None:
+    if not isinstance(model["family"], str):
+        raise BadInput(f"{label}: family is {model['family']!r}")
+    ends, begin = model.get("eos_token_ids"), model.get("bos_token_id")
+    if not isinstance(ends or [], list) or not all(type(one) is int for one in [*(ends or []), begin or 0]):
+        raise BadInput(f"{label}: eos_token_ids {ends!r} and bos_token_id {begin!r} must be whole numbers")
 
 
 def _check_segment(where: str, segment: Mapping[str, Any]) -> None:
@@ -78,6 +94,9 @@ def _check_tensors(where: str, manifest: Mapping[str, Any]) -> None:
         if record["name"] in names:
             raise BadInput(f"{label} is there twice")
         names.add(record["name"])
+        if not isinstance(record["role"], str):
+            raise BadInput(f"{label}: role is {record['role']!r}")
+        _check_rows(label, record["source"])
         for key in ("N", "K"):
             if _natural(label, record, key) < 1:
                 raise BadInput(f"{label}: {key} is {record[key]}")
@@ -107,15 +126,28 @@ def _check_tensors(where: str, manifest: Mapping[str, Any]) -> None:
     _refuse_overlap([*spans, (start, end, f"{where}: the KV cache")])
 
 
+def _check_rows(label: str, source: Mapping[str, Any]) -> None:
+    first, last = source["rows"]
+    whole = type(first) is int and type(last) is int and 0 <= first < last
+    if not isinstance(source["module"], str) or not isinstance(source["as"], str) or not whole:
+        raise BadInput(f"{label}: source is {dict(source)!r}; must be module, rows and as")
+
+
 def _check_constants(where: str, manifest: Mapping[str, Any]) -> None:
     (ddr,) = [one for one in manifest["segments"] if one["space"] == "ddr"]
     spans = []
     names: set[str] = set()
+    matrices = {record["name"] for record in manifest["tensors"]}
     for record in manifest["constants"]:
         label = f"{where}: constant {record['name']!r}"
         if record["name"] in names:
             raise BadInput(f"{label} is there twice")
         names.add(record["name"])
+        if record["role"] not in _CONSTANT_ROLES:
+            raise BadInput(f"{label}: unknown role {record['role']!r}")
+        if record["role"] == "bias" and record["name"].removesuffix(".bias") not in matrices:
+            raise BadInput(f"{label} is the bias of no tensor")
+        _check_source(label, record["source"], needed=record["role"] == "norm")
         if record["dtype"] not in ("float16", "int32", "uint32"):
             raise BadInput(f"{label}: unknown dtype {record['dtype']!r}")
         size = int(np.dtype(record["dtype"]).itemsize)
@@ -132,9 +164,15 @@ def _check_constants(where: str, manifest: Mapping[str, Any]) -> None:
     _refuse_overlap(spans)
     embedding = manifest["embedding"]
     rows, width = embedding["shape"]
+    _check_source(f"{where}: embedding", embedding["source"], needed=True)
     (host,) = [one for one in manifest["segments"] if one["space"] == "host"]
     if embedding["file"] != host["file"] or host["bytes"] != 2 * rows * width:
         raise BadInput(f"{where}: embedding {embedding['shape']} does not fit segment {host['file']!r}")
+
+
+def _check_source(label: str, name: Any, *, needed: bool) -> None:
+    if not isinstance(name, str) and (needed or name is not None):
+        raise BadInput(f"{label}: source is {name!r}; must be the name of a tensor{'' if needed else ' or null'}")
 
 
 def _refuse_overlap(spans: list[tuple[int, int, str]]) -> None:

@@ -85,7 +85,10 @@ def _image_of(config: CompileConfig) -> Path:
         return Path(config.model).expanduser()
     if config.output != Path() and config.extract is None:
         return config.output
-    raise UsageError("compile-vcu128 needs the IMAGE", "edgetool compile-vcu128 IMAGE --extract NAME -o x.safetensors")
+    asked = "--extract NAME -o x.safetensors"
+    if config.extract is None:
+        asked = f"--verify {config.verify}" if config.verify is not None else f"--verify-run {config.verify_run}"
+    raise UsageError("compile-vcu128 needs the IMAGE", f"edgetool compile-vcu128 IMAGE {asked}")
 
 
 def settings_of(config: CompileConfig) -> CompileSettings:

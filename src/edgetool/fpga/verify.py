@@ -47,7 +47,8 @@ def verify(directory: Path, checkpoint: Checkpoint, threads: int, progress: Prog
     side = CheckpointSide(checkpoint, found)
     comparison = _Comparison(image, [image.port(pc) for pc in range(VCU128.pseudo_channels)], side)
     records = list(image.manifest["tensors"])
-    sourced = [record for record in image.manifest["constants"] if record["source"] is not None]
+    constants = image.manifest["constants"]
+    sourced = [record for record in constants if record["source"] is not None or record["role"] == "bias"]
     faults: list[str] = []
     with progress.task("compare", len(records), "matrices") as task, ThreadPoolExecutor(threads) as pool:
         for record, fault in zip(records, pool.map(comparison.matrix, records), strict=True):
@@ -195,12 +196,15 @@ class _Comparison:
         )
 
     def constant(self, record: Record) -> str | None:
-        """A norm or bias of DDR."""
+        """A norm or bias of DDR; a bias that comes from nothing must add nothing."""
+        got = self.image.constant(record["name"])
+        if record["source"] is None:
+            zero = np.full(record["shape"], _MULTIPLIER_ONE, dtype=np.int64)
+            return _first("bias", got.astype(np.int64).reshape(1, -1), zero.reshape(1, -1), [0], record["name"])
         info = self.side.checkpoint.tensors.get(record["source"])
         if info is None:
             return f"{record['name']}: the checkpoint has no {record['source']}"
         stored = to_float32(self.side.checkpoint.read(info.name), info.dtype).astype(np.float16).view(np.uint16)
-        got = self.image.constant(record["name"])
         if record["role"] == "norm":
             wanted = np.concatenate([stored, np.zeros_like(stored)])
             return _first("value", got.view(np.uint16).reshape(1, -1), wanted.reshape(1, -1), [0], record["name"])

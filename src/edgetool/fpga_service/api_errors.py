@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from edgetool.fpga_service.api_requests import Refusal
 from edgetool.serving.auth import App, Receive, Scope, Send
+from edgetool.serving.strict_json import complaint
 
 MOST_BODY_BYTES = 8 * 2**20
 """Longest body of a request; a context of a million tokens fits."""
@@ -50,27 +48,6 @@ async def _disconnected(request: Request) -> None:
         continue
 
 
-class _StrictRequest(Request):
-    async def json(self) -> Any:
-        """The body as JSON by the book: the standard library lets NaN and halves of surrogate pairs pass."""
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from error
-
-
-class StrictRoute(APIRoute):
-    """A route whose bodies are JSON by the book."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        usual = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            return await usual(_StrictRequest(request.scope, request.receive))
-
-        return handle
-
-
 def respond(refusal: Refusal) -> JSONResponse:
     """The answer that a refusal is."""
     headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
@@ -86,7 +63,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_request: Request, invalid: RequestValidationError) -> JSONResponse:
-        return respond(_of_validation(invalid))
+        message, param = complaint(invalid)
+        return respond(Refusal(400, message, param=param))
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
@@ -97,16 +75,6 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _bug(_request: Request, error: Exception) -> JSONResponse:
         return respond(Refusal(500, f"a bug in edgetool: {type(error).__name__}; the traceback is in its log"))
-
-
-def _of_validation(invalid: RequestValidationError) -> Refusal:
-    first = invalid.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return Refusal(400, f"the body is not JSON: {first['ctx']['error']}")
-    if not where:
-        return Refusal(400, "the body must be a JSON object, sent as application/json")
-    return Refusal(400, f"{'.'.join(where)}: {first['msg']}", param=where[0])
 
 
 class LimitBody:

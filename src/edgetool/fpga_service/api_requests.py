@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgetool.serving.openai_api import DEFAULT_COMPLETION_TOKENS, StreamOptions, prompts_of
+from edgetool.serving.openai_api import (
+    DEFAULT_COMPLETION_TOKENS,
+    NOT_HONOURED,
+    ResponseFormat,
+    StreamOptions,
+    prompts_of,
+)
 
 MOST_PROMPTS = 128
 MOST_STOPS = 32
@@ -18,16 +24,6 @@ MOST_TOP_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Stop = Annotated[str, Field(max_length=1024)]
-
-_NOT_HONOURED = (
-    ("tools", "tools are not supported"),
-    ("functions", "functions are not supported"),
-    ("audio", "audio is not supported"),
-    ("logit_bias", "logit_bias is not supported"),
-    ("presence_penalty", "presence_penalty is not supported"),
-    ("frequency_penalty", "frequency_penalty is not supported"),
-    ("suffix", "suffix is not supported"),
-)
 
 
 class Refusal(Exception):
@@ -96,7 +92,7 @@ class Common(BaseModel):
         """Raise Refusal for what cannot be honoured."""
         if (self.n or 1) > 1:
             raise Refusal(400, "n must be 1: one answer at a time", param="n", code="unsupported_value")
-        for name, message in _NOT_HONOURED:
+        for name, message in NOT_HONOURED:
             if getattr(self, name, None):
                 raise Refusal(400, message, param=name, code="unsupported_parameter")
         if self.stream_options is not None and not self.stream:
@@ -117,11 +113,6 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-    type: str
 
 
 class ChatRequest(Common):

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from edgetool.fpga_service.api_answers import Likely, chat_logprobs, completion_logprobs
-from edgetool.fpga_service.api_errors import Gone, StrictRoute, while_there
+from edgetool.fpga_service.api_errors import Gone, while_there
 from edgetool.fpga_service.api_requests import ChatRequest, Common, CompletionRequest, Refusal
 from edgetool.fpga_service.device import GenerateOptions
 from edgetool.fpga_service.exchange import Ask, Conversation, Exchange, Piece, Wish
@@ -19,6 +19,7 @@ from edgetool.fpga_service.observing import CLIENT_GONE, NOTES, Notes
 from edgetool.serving.auth import KEY_NAME, Receive, Scope, Send
 from edgetool.serving.openai_api import DONE, Shapes, stream_event
 from edgetool.serving.prediction import Prediction
+from edgetool.serving.strict_json import StrictRoute
 
 if TYPE_CHECKING:
     from edgetool.fpga_service.gateway import Gateway

@@ -152,7 +152,13 @@ class HostClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection, and with an error every answer that is under way. Harmless when repeated."""
         assert self._task is not None
+        if self._connection is not None:
+            self._connection.close("the gateway is ending")
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task

@@ -205,6 +205,7 @@ async def _run(
     )
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     tasks = [serving]
+    ending = asyncio.create_task(_end_answers(gateway, settings.drain_s, server))
     try:
         await _until_ready(gateway, host, settings, server, serving, progress)
         if not serving.done():
@@ -217,11 +218,20 @@ async def _run(
         for task in tasks[1:]:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
+        ending.cancel()
         if gateway.recorder is not None and gateway.recorder.failure is not None:
             progress.warn(f"recording ended early: {gateway.recorder.failure}")
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
             raise result
+
+
+async def _end_answers(gateway: Gateway, drain_s: float, server: uvicorn.Server) -> None:
+    """What is under way after the drain ends with an error for its client, before the server cuts it off."""
+    while not server.should_exit:
+        await asyncio.sleep(_LOOK_S)
+    await asyncio.sleep(drain_s)
+    await gateway.host.close()
 
 
 async def _until_ready(

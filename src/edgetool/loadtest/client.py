@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ import httpx
 from edgetool.errors import BackendFailed, BadInput, ConfigError, ResourceUnavailable
 
 Api = Literal["chat", "completions"]
+DONE = "[DONE]"
+"""What the last event of a stream carries."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def base_url(given: str) -> str:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
         raise ConfigError(f"{given!r} is not an address: {error}", "for instance http://127.0.0.1:8000") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 1 << 16:
         raise ConfigError(f"{given!r} is not an address of a server", "for instance http://127.0.0.1:8000")
     return str(url.copy_with(query=None, fragment=None)).rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -137,17 +138,25 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, max_tokens
     begun = time.perf_counter()
     first = last = None
     pieces, usage = 0, None
-    error = None
+    whole, error = False, None
     try:
         body = target.body(prompt, max_tokens, stream=True)
         async with client.stream("POST", target.url + target.path, json=body) as response:
             if response.status_code != 200:
                 error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
             else:
-                async for document in _events(response):
-                    if "error" in document:
-                        error = str(document["error"])[:300]
+                async for line in response.aiter_lines():
+                    data = event_data(line)
+                    if data is None:
+                        continue
+                    if data == DONE:
+                        whole = True
                         break
+                    document = json.loads(data)
+                    if "error" in document:
+                        error = failure_of(document)[:300]
+                        break
+                    whole = whole or any(choice.get("finish_reason") for choice in document.get("choices") or ())
                     usage = document.get("usage") or usage
                     if _has_text(document):
                         last = time.perf_counter()
@@ -160,23 +169,27 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, max_tokens
     ended = time.perf_counter()
     if error is None and first is None:
         error = "the answer was empty"
+    if error is None and not whole:
+        error = "the answer broke off"
     if error is not None or first is None or last is None:
         return Sample(ended - begun, None, None, None, 0, False, error)
     told = usage.get("completion_tokens") if isinstance(usage, dict) else None
     tokens = told if isinstance(told, int) else pieces
+    asked = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     tpot_s = (last - first) / (tokens - 1) if tokens > 1 else None
-    prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    prompt_tokens = asked if isinstance(asked, int) else None
     return Sample(ended - begun, first - begun, tpot_s, prompt_tokens, tokens, isinstance(told, int))
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
-            continue  # comments keep connections alive, other fields do not matter
-        data = line[5:].strip()
-        if data == "[DONE]":
-            return
-        yield json.loads(data)
+def event_data(line: str) -> str | None:
+    """What a line of a stream carries, a document or DONE; None for comments, which keep connections alive."""
+    return line[5:].strip() if line.startswith("data:") else None
+
+
+def failure_of(document: dict[str, Any]) -> str:
+    """What an event says that holds an `error`: OpenAI's record, or just a text."""
+    said = document["error"]
+    return str(said.get("message") or said) if isinstance(said, dict) else str(said)
 
 
 def _has_text(document: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from typing import Any
 
 from edgetool.errors import BackendFailed, BadInput, MissingDependency, ResourceUnavailable
 from edgetool.process.guard import Order
-from edgetool.process.log import LogFollower, last_lines, open_log
+from edgetool.process.log import LogFollower, last_lines, log_end, open_log
 from edgetool.process.tree import LEASE_VARIABLE, TREE_VARIABLE, ProcessId, carriers, end_tree, session_of
 
 GRACE_S = 10.0
@@ -88,6 +88,7 @@ class Child:
         self._ended: Ended | None = None
         self._lock = threading.RLock()
         self._follower: LogFollower | None = None
+        self._log_from = (0, 0)
 
     @property
     def pid(self) -> int:
@@ -134,6 +135,7 @@ class Child:
         # setproctitle (vLLM uses it) otherwise overwrites the memory that the kernel shows as the environment
         environment.setdefault("SPT_NOENV", "1")
         follower = _followed(log) if log else None
+        log_from = log_end(log) if log else (0, 0)
         order: Order = {
             "command": [os.fspath(part) for part in command],
             "environment": environment,
@@ -149,6 +151,7 @@ class Child:
         guard, control = _start_guard(order, stdin, (*pass_fds, *(() if stdout is None else (stdout,))))
         child = cls(guard, control, ProcessId(0, 0), token, log)
         child._follower = follower
+        child._log_from = log_from
         try:
             first = child._next_message(_GUARD_LIMIT_S)
             if first is None or "started" not in first:
@@ -209,8 +212,8 @@ class Child:
         return {process for process in found if process.pid not in (self._guard.pid, os.getpid())}
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of the log."""
-        return last_lines(self.log, lines) if self.log else ""
+        """The last lines of the log, of those that were written since the start."""
+        return last_lines(self.log, lines, self._log_from) if self.log else ""
 
     def stop(self, grace_s: float = GRACE_S) -> Ended:
         """End the whole tree and prove it: SIGTERM to the main process, then to all, then SIGKILL.

@@ -48,6 +48,8 @@ def run(
     """
     with _blocked(_WAITED), _inheritable(pass_fds):
         try:
+            if not command[0]:  # an empty variable of the shell, which posix_spawnp calls a ValueError
+                raise FileNotFoundError
             pid = os.posix_spawnp(
                 command[0],
                 list(command),

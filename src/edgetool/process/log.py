@@ -131,12 +131,23 @@ class LogFollower:
     __del__ = close
 
 
-def last_lines(path: Path, count: int) -> str:
-    """The last `count` lines of a log, control codes removed; empty when it cannot be read."""
+def log_end(path: Path) -> tuple[int, int]:
+    """Where a log ends now: its inode, since it may be rotated, and its bytes."""
+    status = path.stat()
+    return status.st_ino, status.st_size
+
+
+def last_lines(path: Path, count: int, since: tuple[int, int] = (0, 0)) -> str:
+    """The last `count` lines of a log, control codes removed; empty when it cannot be read.
+
+    Nothing that stood in it at `since` (`log_end`): that is of an earlier process.
+    """
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - count * 1000))
+            same = os.fstat(stream.fileno()).st_ino == since[0] and size >= since[1]
+            first = since[1] if same else 0
+            stream.seek(max(first, size - count * 1000))
             data = stream.read()
     except OSError:
         return ""

@@ -90,7 +90,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     if sampling.top_p < 1:
         ordered, order = chances.sort(descending=True)
         # the first token that reaches top_p still belongs to the nucleus
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        beyond = ordered.cumsum(0) - ordered >= sampling.top_p
+        beyond[0] = False  # a top_p that float32 cannot tell from 0 leaves the likeliest
+        ordered[beyond] = 0
         chances = torch.zeros_like(chances).scatter_(0, order, ordered)
     return int(torch.multinomial(chances, 1, generator=generator))
 

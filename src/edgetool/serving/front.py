@@ -23,6 +23,7 @@ from edgetool.serving.auth import RequireKey
 from edgetool.serving.jobs import FrontJob
 from edgetool.serving.prediction import Prediction
 from edgetool.serving.proxy import Proxy, engine_client
+from edgetool.serving.strict_json import StrictRoute
 
 PREDICT_AT_ONCE = 256
 """Prompts of one /predict that are with the engine at the same time."""
@@ -37,6 +38,7 @@ def make_app(job: FrontJob, engine: httpx.AsyncClient) -> RequireKey:
             yield
 
     app = FastAPI(title="edgetool", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.route_class = StrictRoute
 
     @app.get("/")
     async def status() -> dict[str, str]:

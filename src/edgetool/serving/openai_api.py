@@ -1,7 +1,8 @@
 """The part of the OpenAI API that the fallback engine speaks: requests that are checked, answers and chunks.
 
 Field names and shapes are those of OpenAI's API reference (chat completions, completions, models). What the engine
-cannot do (several choices, log-probabilities, tools) is refused instead of ignored, since its absence changes results.
+cannot do (several choices, log-probabilities, tools, penalties, JSON mode) is refused instead of ignored, since its
+absence changes results.
 """
 
 from __future__ import annotations
@@ -17,6 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field
 DEFAULT_COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions when it is not given, as in OpenAI's reference."""
 
+
+NOT_HONOURED = (
+    ("tools", "tools are not supported"),
+    ("functions", "functions are not supported"),
+    ("audio", "audio is not supported"),
+    ("logit_bias", "logit_bias is not supported"),
+    ("presence_penalty", "presence_penalty is not supported"),
+    ("frequency_penalty", "frequency_penalty is not supported"),
+    ("suffix", "suffix is not supported"),
+)
+"""Parameters of OpenAI's that change the answer and that no engine of edgetool's own has, and what is said of them."""
 
 DONE = b"data: [DONE]\n\n"
 """Ends a stream of events."""
@@ -36,13 +48,16 @@ class Common(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     seed: int | None = None
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    n: int | None = None
-    best_of: int | None = None
+    ignore_eos: bool | None = None
+    n: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1)
     logprobs: bool | int | None = None
     echo: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -54,7 +69,9 @@ class Common(BaseModel):
             return "n and best_of must be 1"
         if self.logprobs is not None and self.logprobs is not False:
             return "logprobs are not supported"
-        return "echo is not supported" if self.echo else None
+        if self.echo:
+            return "echo is not supported"
+        return next((said for name, said in NOT_HONOURED if getattr(self, name, None)), None)
 
 
 class CompletionRequest(Common):
@@ -62,21 +79,40 @@ class CompletionRequest(Common):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(None, ge=1)
+    suffix: str | None = None
 
     def prompts(self) -> list[str | list[int]]:
         return prompts_of(self.prompt)
 
 
+class Message(BaseModel):
+    """One message of a conversation. What else is in it (a name, calls of tools) is the chat template's to read."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    type: str
+
+
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    audio: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     def unsupported(self) -> str | None:
-        return "tools are not supported" if self.tools else super().unsupported()
+        if self.response_format is not None and self.response_format.type != "text":
+            return f"response_format {self.response_format.type!r} is not supported, only 'text'"
+        return super().unsupported()
 
 
 def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

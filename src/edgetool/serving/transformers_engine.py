@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import threading
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from edgetool.serving.openai_api import (
     stream_event,
     usage,
 )
+from edgetool.serving.strict_json import StrictRoute, complaint
 
 READY_LINE = "transformers engine: answering"
 
@@ -71,7 +73,7 @@ class Engine:
         tokenizer = self.decoder.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise Refused(400, "the model has no chat template: use /v1/completions")
-        messages = [{**message, "content": _plain(message.get("content"))} for message in request.messages]
+        messages = [{**message.model_dump(), "content": _plain(message.content)} for message in request.messages]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as failure:  # the template is the model's own program and may raise anything
@@ -113,7 +115,7 @@ class Engine:
             own.top_k if request.top_k is None else max(0, request.top_k),
             request.seed,
         )
-        return Work(ids, max_tokens or room, sampling, request.stops, request.ignore_eos)
+        return Work(ids, max_tokens or room, sampling, request.stops, bool(request.ignore_eos))
 
     async def pieces(self, work: Work) -> AsyncIterator[Piece]:
         """The pieces of one answer. Leaving the loop early stops the generation."""
@@ -152,16 +154,16 @@ class Engine:
 def make_app(engine: Engine, key: str) -> RequireKey:
     """The routes of `engine` behind `key`."""
     app = FastAPI(title="edgetool transformers engine", docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.route_class = StrictRoute
 
     @app.exception_handler(Refused)
     async def _refused(_request: Request, refused: Refused) -> JSONResponse:
-        return JSONResponse(error(refused.message, refused.status), refused.status)
+        kind = "server_error" if refused.status >= 500 else "invalid_request_error"
+        return JSONResponse(error(refused.message, refused.status, kind), refused.status)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_request: Request, invalid: RequestValidationError) -> JSONResponse:
-        first = invalid.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(error(f"{where}: {first['msg']}", 400), 400)
+        return JSONResponse(error(complaint(invalid)[0], 400), 400)
 
     @app.get("/health")
     async def health() -> Response:
@@ -190,11 +192,15 @@ async def _answer(engine: Engine, shapes: Shapes, works: list[Work], body: Commo
     answers, made = [], 0
     for work in works:
         text, finish = "", "length"
-        async for piece in engine.pieces(work):
-            text, finish = text + piece.text, piece.finish or finish
-            made += piece.tokens
-            if await request.is_disconnected():
-                return Response(status_code=499)
+        try:
+            async for piece in engine.pieces(work):
+                text, finish = text + piece.text, piece.finish or finish
+                made += piece.tokens
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+        except Exception as failure:
+            # not let through: the server would cut the connection, and with it the front's next request
+            raise Refused(500, _failed(failure)) from failure
         answers.append((text, finish))
     return JSONResponse(shapes.whole(answers, usage(sum(len(work.prompt) for work in works), made)))
 
@@ -212,17 +218,24 @@ async def _events(engine: Engine, shapes: Shapes, works: list[Work], with_usage:
         if with_usage:
             yield stream_event(shapes.usage_chunk(usage(sum(len(work.prompt) for work in works), made)))
     except Exception as failure:
-        yield stream_event(error(f"generation failed: {type(failure).__name__}: {failure}", 500, "server_error"))
+        yield stream_event(error(_failed(failure), 500, "server_error"))
     yield DONE
 
 
-def _plain(content: Any) -> Any:
+def _failed(failure: Exception) -> str:
+    """What the client is told; the traceback is for the log."""
+    traceback.print_exception(failure)
+    return f"generation failed: {type(failure).__name__}: {failure}"
+
+
+def _plain(content: str | list[dict[str, Any]] | None) -> str:
     """Text of a message; parts of text are joined, other parts are refused."""
     if isinstance(content, list):
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+        texts = [part.get("text") for part in content if part.get("type") == "text"]
+        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
             raise Refused(400, "messages may hold text only")
-        return "".join(str(part.get("text", "")) for part in content)
-    return "" if content is None else content
+        return "".join(map(str, texts))
+    return content or ""
 
 
 def load(job: EngineJob) -> Engine:

@@ -197,6 +197,15 @@ def test_a_damaged_checkpoint_is_refused_naming_what_is_at_fault(model: Path, da
         Checkpoint.open(model)
 
 
+def test_an_image_is_called_one_and_not_taken_for_pickled_weights(tmp_path: Path) -> None:
+    (tmp_path / "hbm").mkdir()
+    (tmp_path / "ddr.bin").touch()
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"no config\.json") as caught:
+        Checkpoint.open(tmp_path)
+    assert "compiled image" in (caught.value.hint or "")
+
+
 def test_pickled_weights_come_with_the_command_that_converts_them(model: Path) -> None:
     _only_bin(model)
     with pytest.raises(BadInput) as caught:

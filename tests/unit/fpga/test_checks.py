@@ -153,6 +153,20 @@ def test_two_swapped_ports_the_wrong_encoding_and_dirty_padding_are_found(compil
         check(dirty, made)
 
 
+def test_a_bias_where_the_checkpoint_has_none_is_found(compiled: Compiled, tmp_path: Path) -> None:
+    made, original = compiled("llama")
+    image = Path(shutil.copytree(original, tmp_path / "image"))
+    bias = Image.open(image).constants["layers.1.down.bias"]
+    (ddr,) = [segment for segment in Image.open(image).manifest["segments"] if segment["space"] == "ddr"]
+
+    def add(raw: np.ndarray) -> None:
+        raw[bias["addr"] - ddr["addr"] + 1] = 0x3C  # 1.0 to the first channel
+
+    rewrite(image, "ddr.bin", add)
+    with pytest.raises(VerificationFailed, match=r"1 of .*layers\.1\.down\.bias"):
+        check(image, made)
+
+
 @pytest.mark.parametrize("space", ["ddr.bin", "host/embed.f16.bin"])
 def test_a_wrong_norm_and_a_wrong_embedding_are_found(compiled: Compiled, tmp_path: Path, space: str) -> None:
     made, original = compiled("qwen2")

@@ -184,6 +184,35 @@ def test_answers_that_break_off_are_counted_as_failures_and_said():
     assert any("failed; the first" in warning for warning in measured.warnings)
 
 
+class Says(Stranger):
+    """Streams the same events each time, and counts nothing elsewhere."""
+
+    events = b""
+
+    async def _complete(self, path, body, receive, send):
+        headers = [(b"content-type", b"text/event-stream"), (b"content-length", str(len(self.events)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": self.events})
+
+
+def test_a_stream_without_an_end_is_a_failure_however_politely_it_was_closed():
+    stranger = Says()
+    stranger.events = b'data: {"choices":[{"delta":{"content":"half"}}]}\n\n'
+    with pytest.raises(BackendFailed, match="the answer broke off"):
+        against(stranger)
+
+
+def test_counts_that_are_no_numbers_count_as_not_told():
+    stranger = Says()
+    stranger.events = (
+        b'data: {"choices":[{"delta":{"content":"ok"},"finish_reason":"stop"}],'
+        b'"usage":{"prompt_tokens":"many","completion_tokens":null}}\n\ndata:[DONE]\n\n'
+    )
+    measured = against(stranger, requests=2)
+    samples = [sample for found in measured.rounds for sample in found.samples]
+    assert {(sample.error, sample.prompt_tokens, sample.counted) for sample in samples} == {(None, None, False)}
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
@@ -198,7 +227,7 @@ def test_an_address_may_be_given_with_and_without_v1(given, meant):
     assert base_url(given) == meant
 
 
-@pytest.mark.parametrize("given", ["ftp://h", "http://", "http://h:port"])
+@pytest.mark.parametrize("given", ["ftp://h", "http://", "http://h:port", "h:99999"])
 def test_what_is_no_address_is_refused(given):
     with pytest.raises(ConfigError, match="not an address"):
         base_url(given)

@@ -236,6 +236,19 @@ def test_a_child_that_ends_before_it_is_ready_is_shown_with_its_last_lines(tmp_p
     assert failure.value.message.endswith("no such model")
 
 
+@pytest.mark.parametrize("limit_bytes", [1 << 20, 40])
+def test_last_lines_are_of_this_child_and_not_of_an_earlier_one(tmp_path: Path, limit_bytes: int) -> None:
+    log = tmp_path / "log"
+    with Child.start(script("print('earlier trouble')"), log=log) as child:
+        assert child.wait(ENOUGH_S) == 0
+    rules = LogRules(limit_bytes=limit_bytes, keep=1)
+    child = Child.start(script("print('trouble of my own, and a lot of it'); exit(3)"), log=log, log_rules=rules)
+    with pytest.raises(BackendFailed) as failure:
+        child.wait_ready(lambda: False, ENOUGH_S)
+    assert failure.value.message.endswith("trouble of my own, and a lot of it")
+    assert "earlier" not in failure.value.message
+
+
 def test_a_child_that_is_not_ready_in_time_still_runs(tmp_path: Path) -> None:
     with start_family(tmp_path, "plain") as child:
         with pytest.raises(BackendFailed, match="not ready after"):

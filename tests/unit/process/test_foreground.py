@@ -162,7 +162,12 @@ def test_the_end_is_seen_though_another_thread_takes_the_signal() -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("no-such-program", "no such program"), ("/etc/passwd", "denied"), ("/no/such", "no such program")],
+    [
+        ("", "no such program"),
+        ("no-such-program", "no such program"),
+        ("/etc/passwd", "denied"),
+        ("/no/such", "no such program"),
+    ],
 )
 def test_a_program_that_cannot_be_run_is_bad_input(name: str, why: str) -> None:
     with pytest.raises(BadInput, match=why):

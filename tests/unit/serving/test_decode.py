@@ -85,7 +85,7 @@ def test_generation_ends_when_it_is_cancelled(decoder):
     assert len(list(decoder.pieces([1, 2], 50, GREEDY, [], cancelled))) == 3
 
 
-CUTS = [(0.49, {0}), (0.5, {0}), (0.51, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+CUTS = [(1e-300, {0}), (0.49, {0}), (0.5, {0}), (0.51, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
 
 
 @pytest.mark.parametrize(("top_p", "allowed"), CUTS)

@@ -178,6 +178,12 @@ def test_predict_refuses_what_it_does_not_understand(client, engine, body):
     assert engine.seen == []
 
 
+def test_predict_refuses_half_a_character_which_nobody_could_send_on(client, engine):
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/predict", content=rb'{"prompt": "\ud800"}', headers=headers).status_code == 422
+    assert engine.seen == []
+
+
 def test_predict_hands_on_a_refusal_of_the_engine(client, engine):
     engine.failing = True
     assert client.post("/predict", json={"prompt": ["a", "b"]}).status_code == 500

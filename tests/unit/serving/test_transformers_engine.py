@@ -116,6 +116,11 @@ def test_an_answer_may_fill_the_context_to_its_end(client):
         {"prompt": [9999]},
         {"prompt": [-1]},
         {"prompt": {"a": 1}},
+        {"n": 0},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"logit_bias": {"5": 10}},
+        {"suffix": "y"},
     ],
 )
 def test_what_it_cannot_do_is_400_and_never_ignored(url, options):
@@ -123,6 +128,67 @@ def test_what_it_cannot_do_is_400_and_never_ignored(url, options):
     answer = httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function"}]},
+        {"functions": [{"name": "f"}]},
+        {"messages": [{"role": 5, "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+    ],
+)
+def test_chats_that_it_cannot_answer_are_400_too(url, options):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **options}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_parameters_of_null_or_without_effect_count_as_not_given(client):
+    nothing = {"stream": None, "ignore_eos": None, "logit_bias": {}, "frequency_penalty": 0, "n": None}
+    options = {"response_format": {"type": "text"}, "tools": []}
+    said = [{"role": "user", "content": "x"}]
+    answer = client.chat.completions.create(model="tiny", messages=said, max_tokens=2, extra_body=nothing | options)
+    assert answer.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        rb'{"prompt": "\ud800", "max_tokens": 2}',
+        rb'{"prompt": "a", "stop": "\udc00", "max_tokens": 2}',
+        b'{"prompt": ' + b"[" * 50_000,
+        b'{"prompt": [' + b"9" * 5_000 + b"]}",
+        b"[]",
+        b"",
+    ],
+)
+def test_a_body_that_is_no_json_by_the_book_is_400_and_the_connection_lives_on(url, raw):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with httpx.Client(base_url=url, headers=headers) as client:
+        answer = client.post("/v1/completions", content=raw)
+        assert answer.status_code == 400
+        assert "body" in answer.json()["error"]["message"]
+        assert "connection" not in answer.headers
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_generation_that_fails_is_an_answer_and_leaves_the_connection_to_the_next(url, engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.decoder, "pieces", fail)
+            answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "generation failed: RuntimeError: no memory"
+        assert answer.json()["error"]["type"] == "server_error"
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_messages_of_text_parts_are_joined_and_pictures_refused(client):
