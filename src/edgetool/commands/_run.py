@@ -75,7 +75,9 @@ def run(ctx: typer.Context, section: str | None = None) -> Iterator[Run]:
     if given.get("quiet"):
         values["progress"] = "quiet"
     show = bool(given.get("show_config"))
-    settings = config.load(command, values, given.get("config"), complete=not show, typed=ctx.command_path)
+    settings = config.load(
+        command, values, given.get("config"), complete=not show, typed=" ".join(["edgetool", *_names(ctx)])
+    )
     messages.use(choice.resolved(settings.common.lang, os.environ))
     output.json = settings.common.json_output
     output.progress_mode = settings.common.progress
@@ -126,11 +128,16 @@ def schema_of(ctx: Any) -> str:
     """
     if all(parameter.name != "json" for parameter in ctx.command.params):
         return "edgetool.failure/1"
+    return f"edgetool.{'-'.join(_names(ctx))}/1"
+
+
+def _names(ctx: Any) -> list[str]:
+    """The command and its groups: `gpus`, `reap`."""
     names: list[str] = []
     while ctx.parent is not None:
         names.insert(0, str(ctx.info_name))
         ctx = ctx.parent
-    return f"edgetool.{'-'.join(names)}/1"
+    return names
 
 
 def _job(
