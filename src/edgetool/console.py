@@ -110,6 +110,11 @@ class Output:
         except OSError as error:
             raise unwritable(error) from error
 
+    def spoken(self, text: str) -> None:
+        """Print what a model wrote: as it is into files and pipes; on a terminal its control characters are shown, not
+        obeyed. Raises as `text`."""
+        self.text(text.translate(_PICTURES) if (self._stdout or sys.stdout).isatty() else text)
+
     def failure(
         self,
         type_name: str,
@@ -326,6 +331,12 @@ def unwritable(error: OSError) -> EdgetoolError:
 
 def _colours(stream: TextIO) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+"""Control characters as Unicode's pictures of them: a terminal would take them for orders (its title, its clipboard,
+what is typed next), and the server of a conversation can be anybody's."""
 
 
 def _tolerate_any_text(stream: TextIO) -> None:

@@ -21,6 +21,7 @@ import pytest
 from edgetool import console
 from edgetool.config import load
 from edgetool.errors import ConfigError, ReaderGone, ResourceUnavailable
+from tests.fakes.openai_server import Running, Stranger
 
 INVENTORY = str(Path(__file__).parent.parent / "fakes" / "nvml_eight_gpus.json")
 COMMANDS = [
@@ -201,3 +202,13 @@ def test_a_user_without_any_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(ConfigError, match="HOME is not set"):
         load("inspect", {}, None, {}, complete=False)
+
+
+def test_control_characters_of_an_answer_reach_files_and_no_terminal(tmp_path: Path) -> None:
+    evil = "a\x1b]0;title\x07b\x9bc\x08d\te"
+    with Running(Stranger(text=evil)) as server:
+        arguments = ["chat", server.url, "-m", "hi", "--max-tokens", "1", "--quiet"]
+        assert through_shell('"$@"', arguments, tmp_path).stdout.startswith(evil)
+        shown = on_terminal(arguments, 80)
+    assert "a\u241b]0;title\u2407b\ufffdc\u2408d\te" in shown
+    assert "\x1b]" not in shown and "\x9b" not in shown

@@ -66,8 +66,8 @@ def chat(
         with chat_client.open_talker(settings, this.config.common.server_key(), this.progress) as talker:
             this.live.close()  # from here on the terminal is the conversation's
             if settings.message is None:
-                chat_client.converse(talker, settings, this.output.text)
+                chat_client.converse(talker, settings, this.output.spoken)
             elif this.output.json:
                 this.result(chat_client.ask_once(talker, settings, None), [])
             else:
-                chat_client.ask_once(talker, settings, this.output.text)
+                chat_client.ask_once(talker, settings, this.output.spoken)
