@@ -294,7 +294,7 @@ def test_doctor_says_what_keeps_an_environment_from_being_installed(tmp_path: Pa
         replace(RECIPES["vllm"], python=((4, 0), (4, 1)), disk_bytes=10**18), EnvsConfig(directory=tmp_path)
     )
     failed = [check["check"] for check in found["checks"] if not check["ok"] and "NVIDIA" not in check["check"]]
-    assert failed[:2] == ["state", "Python 4.0 to 4.1"]
+    assert failed[:2] == ["environment is ready", "Python 4.0 to 4.1"]
     assert failed[2].endswith("of disk")
     assert (found["usable"], found["installable"]) == (False, False)
 
