@@ -56,9 +56,8 @@ def run_steps(work: Work, plans: Sequence[Sequence[Planned]]) -> None:
             if known is not None:  # nothing has changed since, so it is not made again
                 raise GateFailed(known)
             for position, plan in enumerate(attempt):
-                if not work.stays(plan.step) and not _stands(work, plan):
-                    check_ahead(attempt[position:])
-                    _run_one(work, plan)
+                if not work.stays(plan.step):
+                    _run_one(work, plan, attempt[position + 1 :])
         except GateFailed as gate:
             work.settle(gate.result)
             work.record.gate_failed(mark, gate.result.to_dict())
@@ -143,18 +142,16 @@ def check_ahead(plans: Iterable[Planned]) -> None:
                 raise failure_of(plan.step, error.exit_code, {**vars(error), "type": error.type_name}) from error
 
 
-def _stands(work: Work, plan: Planned) -> bool:
-    """Whether a step need not run; then its last result is its result."""
+def _run_one(work: Work, plan: Planned, following: Sequence[Planned]) -> None:
+    step = plan.step
     if work.stop.is_set():
-        raise Stopped(f"stopped on request before step {plan.step.name}")
-    known = unchanged(work, plan.step, mark_of(work, plan))
+        raise Stopped(f"stopped on request before step {step.name}")
+    mark = mark_of(work, plan)
+    known = unchanged(work, step, mark)
     if known is not None:
         work.settle(known)
-    return known is not None
-
-
-def _run_one(work: Work, plan: Planned) -> None:
-    step, mark = plan.step, mark_of(work, plan)
+        return
+    check_ahead([plan, *following])
     output = work.output_of(step)
     resume = work.record.begun.get(step.name) == mark and output.with_name(output.name + ".partial").is_dir()
     work.record.begin(step.name, mark)
