@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,9 @@ def config_problems(config: Mapping[str, Any], weights: Mapping[str, ModuleShape
             problems.append("no tensor model.embed_tokens.weight")
         return problems
     problems += _rope_problems(text)
-    wrong = [key for key in _SIZES if (value := text.get(key)) is not None and (type(value) is not int or value < 1)]
-    problems += [f"config.json: {key} is {text[key]!r}; must be a whole number, 1 or more" for key in wrong]
-    layers = _layers(prefix, weights)
+    wrong = {key: said for key in _SIZES if text.get(key) is not None and (said := size_problem(text, key))}
+    problems += wrong.values()
+    layers = layer_numbers(prefix, weights)
     if "num_hidden_layers" not in wrong:
         problems += _layer_problems(text, layers)
     expected = {} if wrong else _expected(text, prefix, layers, dense=family in _DENSE)
@@ -83,10 +83,18 @@ def _rope_problems(text: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _layers(prefix: str, weights: Mapping[str, ModuleShape]) -> set[int]:
-    """Numbers of the layers that have tensors."""
+def size_problem(text: Mapping[str, Any], key: str) -> str | None:
+    """What is wrong with a size in config.json, None where it can be one."""
+    value = text.get(key)
+    if type(value) is int and value >= 1:  # `type is`, since True is an int too
+        return None
+    return f"config.json: {key} is {value!r}; must be a whole number, 1 or more"
+
+
+def layer_numbers(prefix: str, names: Iterable[str]) -> set[int]:
+    """Numbers of the layers below `prefix` that have tensors."""
     pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
-    return {int(match[1]) for name in weights if (match := pattern.match(name))}
+    return {int(match[1]) for name in names if (match := pattern.match(name))}
 
 
 def _layer_problems(text: Mapping[str, Any], layers: set[int]) -> list[str]:

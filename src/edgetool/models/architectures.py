@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgetool.checkpoints.consistency import layer_numbers, size_problem
 from edgetool.errors import BadInput
 
 
@@ -88,7 +89,7 @@ class LayerMap:
 
     def uncounted(self, tensor_names: Iterable[str]) -> list[int]:
         """Numbers of the layers that have tensors and that config.json does not count: loaders leave them out."""
-        return sorted(number for number in _numbers(f"{self.prefix}layers.", tensor_names) if number >= self.n_layers)
+        return sorted(number for number in layer_numbers(self.prefix, tensor_names) if number >= self.n_layers)
 
     def quantizable(self) -> list[str]:
         """Tensor names of the weights of all layers' quantisable linears, in order."""
@@ -127,7 +128,7 @@ def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
             hint='if the model shares its embedding with its output, set "tie_word_embeddings": true in config.json',
         )
     sizes = {key: _size(text, key) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
-    promised, numbers = sizes["num_hidden_layers"], _numbers(f"{prefix}layers.", names)
+    promised, numbers = sizes["num_hidden_layers"], layer_numbers(prefix, names)
     absent = next((layer for layer in range(promised) if layer not in numbers), None)
     if absent is not None:
         raise BadInput(f"config.json promises {promised} layers, and there is no tensor of {prefix}layers.{absent}")
@@ -143,12 +144,7 @@ def map_layers(config: dict[str, Any], tensor_names: Iterable[str]) -> LayerMap:
 
 
 def _size(text: Mapping[str, Any], key: str) -> int:
-    value = text.get(key)
-    if type(value) is not int or value < 1:  # `type is`, since True is an int too
-        raise BadInput(f"config.json: {key} is {value!r}; must be a whole number, 1 or more")
-    return value
-
-
-def _numbers(prefix: str, names: Iterable[str]) -> set[int]:
-    numbers = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
-    return {int(number) for number in numbers if number.isdecimal()}
+    problem = size_problem(text, key)
+    if problem is not None:
+        raise BadInput(problem)
+    return int(text[key])

@@ -58,17 +58,17 @@ class Prepared:
     @classmethod
     def of(cls, config: QuantizeConfig, checkpoint: Checkpoint) -> Prepared:
         from edgetool.models.devices import fast_dtype, resolve_device
-        from edgetool.models.streamed import StreamedModel, load_config, load_tokenizer
+        from edgetool.models.streamed import StreamedModel, load_tokenizer
         from edgetool.quantizers.plan import free_gpu_bytes, make_plan
         from edgetool.quantizers.storage import model_dtype
 
         layers = map_layers(checkpoint.config, checkpoint.tensors)
-        load_config(checkpoint)  # a configuration that cannot be used is no tokenizer that cannot be read
         recipe = recipe_of(config)
         spec = Spec(config.bits, config.group_size, config.sym, recipe.desc_act)
         dtype = model_dtype(checkpoint.config, checkpoint.tensors)
         device = resolve_device(config.device)
         plan = make_plan(config, checkpoint, layers, recipe, spec, dtype, str(device), free_gpu_bytes(device))
+        # before the tokenizer: a configuration that cannot be used is no tokenizer that cannot be read
         StreamedModel(checkpoint, device, fast_dtype(device)).check()
         # Every method ends by trying the result, so a model without a tokenizer must not get as far as that.
         return cls(recipe, spec, dtype, device, load_tokenizer(checkpoint), plan)
