@@ -52,7 +52,7 @@ class LineProgress:
         self.stream = stream
         self.interval_s = interval_s
         self.heartbeat_s = heartbeat_s
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the beat looks and writes under it
         self._running: list[Meter] = []
         self._born_s = self._said_s = time.monotonic()
         self._stop = threading.Event()
@@ -129,14 +129,9 @@ class LineProgress:
         self.say(event, meter)
 
     def _write(self, line: str) -> None:
-        with self._lock:
-            self._put(line)
-
-    def _put(self, line: str) -> None:
-        """Write one line, with the lock held."""
-        self._said_s = time.monotonic()
         # A reader of the log who goes away must not take a three-hour job along.
-        with contextlib.suppress(OSError, ValueError):
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._said_s = time.monotonic()
             self.stream.write(line + "\n")
             self.stream.flush()
 
@@ -149,9 +144,7 @@ class LineProgress:
         while not self._stop.wait(min(1.0, self.heartbeat_s / 4)):
             with self._lock:
                 if self._running and time.monotonic() - self._said_s >= self.heartbeat_s:
-                    meter = self._running[-1]
-                    meter.said_s = time.monotonic()
-                    self._put(self._task_line("heartbeat", meter))
+                    self.say("heartbeat", self._running[-1])
 
 
 @dataclass
